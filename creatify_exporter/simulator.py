@@ -1,0 +1,388 @@
+"""A simulated Creatify text-generator API for demos, tests and benchmarks: same seed and clock, same bytes.
+
+The life of a task is drawn when it arrives; what a listing shows of it depends on the time alone.
+"""
+
+import argparse
+import base64
+import heapq
+import json
+import math
+import signal
+import sys
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, fields, replace
+from datetime import UTC, datetime, timedelta, timezone
+from functools import cache
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from random import Random
+from socket import SHUT_RDWR, socket
+from typing import Any, Self
+from uuid import UUID
+
+CREDENTIALS = API_ID, API_KEY = "simulated-id", "simulated-key"
+LIST_PATH, BALANCE_PATH = "/sse/text_generator/", "/api/remaining_credits/"
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC).astimezone(timezone(timedelta(hours=-7)))
+_REFILL_BELOW, _REFILL = 50_000, 450_000  # hundredths of a credit
+_SECOND = 1_000_000
+_WORDS = (
+    'product launch video hook scene "call to action" voiceover upbeat warm light close-up jump cut caption '
+    'offer discount café naïve 日本語 🎬 \\frame {scene:1} [beat] 100% 3-5s \n• \t},{"id":"x"} brand tone'
+)
+
+
+@dataclass(frozen=True)
+class Model:
+    """Describe a model: share of traffic, median run time in s, failure ratio, credits, first use in s."""
+
+    name: str
+    weight: float
+    duration: float
+    failure_ratio: float
+    hundredths: int
+    since: float = -math.inf
+
+
+MODELS = (
+    Model("gemini-2.5-flash", 5, 2.0, 0.05, 5),
+    Model("gemini-2.5-pro", 3, 9.0, 0.07, 125),
+    Model("gemini-3-flash-preview", 2, 4.0, 0.06, 25),
+    Model("gemini-3.1-pro-preview", 2, 14.0, 0.1, 200, since=15.0),
+)
+
+
+@cache
+def _failures() -> tuple[Sequence[str | None], Sequence[int]]:
+    """Return failure texts as upstream words them, with weights; `#` stands for a number."""
+    texts: Mapping[str, int] = json.loads(Path(__file__).with_name("failure_texts.json").read_text("utf-8"))
+    return [*texts, None], [*texts.values(), 2]
+
+
+def _members(**members: object) -> bytes:
+    return json.dumps(members, ensure_ascii=False, separators=(",", ":")).encode()[1:-1]
+
+
+@cache
+def _texts(record_size: int) -> tuple[Sequence[bytes], Sequence[bytes]]:
+    """Return serialised members for prompts and answers, sizes spread exponentially around the mean."""
+    random, prompts, answers = Random(record_size), [], []
+    corpus = " ".join(random.choices(_WORDS.split(" "), k=20_000))
+    for rank in range(128):
+        length = int(max(record_size - 400, 0) * -math.log(1 - (rank + 0.5) / 128) * 0.44)
+        at = random.randrange(50_000)
+        prompt, system, answer = (corpus[at : at + n] for n in (length, length // 4, length * 7 // 8))
+        turns = ["user", "model", "user"][: 1 if rank % 3 else 3]
+        messages = [{"role": role, "content": prompt[n :: len(turns)]} for n, role in enumerate(turns)]
+        config = {"temperature": 0.7, "max_output_tokens": 8192} if rank % 4 else {}
+        prompts.append(_members(messages=messages, system_instruction=system, config=config))
+        # Arguments are whatever a model made up, integers beyond 64 bits included.
+        calls = [{"name": "render", "args": {"seed": 1 << rank, "scenes": [{"id": rank}]}}][: rank % 16 == 0]
+        answers.append(_members(response_text=answer, response_function_calls=calls))
+    return prompts, answers
+
+
+@cache
+def _media() -> Sequence[bytes]:
+    """Return serialised members for prompts with base64 parts, 131 kB on average."""
+    prompts = []
+    for size, mime in (24, "image/png"), (72, "image/jpeg"), (192, "video/mp4"):
+        data = base64.b64encode(Random(size).randbytes(size << 10)).decode()
+        parts = [{"type": "text", "text": "What is it?"}, {"type": mime[:5], "data": data, "mime_type": mime}]
+        prompts.append(_members(messages=[{"role": "user", "content": parts}], config={}))
+    return prompts
+
+
+def _stamp(microseconds: int) -> str:
+    return (_EPOCH + timedelta(microseconds=microseconds)).isoformat(timespec="microseconds")
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """Hold the whole life of a task; times in microseconds since the epoch, credits in hundredths."""
+
+    id: str
+    model: str
+    created: int
+    started: int
+    charged: int
+    finished: int
+    outcome: str
+    failure_text: str | None
+    hundredths: int
+    prompt: bytes
+    answer: bytes
+
+    def status(self, now: int) -> str:
+        """Return the status that the API reports at a time."""
+        return self.outcome if now >= self.finished else "running" if now >= self.started else "pending"
+
+    def record(self, now: int) -> bytes:
+        """Return the JSON object that a listing shows at a time."""
+        status, credits_used = self.status(now), self.hundredths / 100 if now >= self.charged else 0
+        updated = max(t for t in (self.created, self.started, self.charged, self.finished) if t <= now)
+        head = f'{{"id":"{self.id}","model_name":"{self.model}"'.encode()
+        tail = f'"credits_used":{credits_used},"created_at":"{_stamp(self.created)}"'
+        parts = [head, self.prompt, f'"status":"{status}"'.encode()]
+        if status == "failed" and self.failure_text is not None:
+            parts.append(_members(failed_reason=self.failure_text))
+        parts.append(self.answer if status == "done" else b'"response_text":"","response_function_calls":[]')
+        return b",".join((*parts, f'{tail},"updated_at":"{_stamp(updated)}"}}'.encode()))
+
+
+@dataclass(frozen=True)
+class Truth:
+    """Say what really happened since the first task: the simulation's own account, listed or not."""
+
+    submitted: Counter[str] = field(default_factory=Counter)
+    finished: Counter[tuple[str, str]] = field(default_factory=Counter)  # (model, status)
+    failures: Counter[tuple[str, str | None]] = field(default_factory=Counter)  # (model, failure text)
+    hundredths: Counter[str] = field(default_factory=Counter)  # credits by model
+    microseconds: Counter[tuple[str, str]] = field(default_factory=Counter)  # durations of finished, summed
+    listed: Counter[tuple[str, str]] = field(default_factory=Counter)  # in the listing now: (model, status)
+
+    @property
+    def credits(self) -> dict[str, float]:
+        """Return the credits used by model."""
+        return {model: hundredths / 100 for model, hundredths in self.hundredths.items()}
+
+    def since(self, earlier: "Truth") -> "Truth":
+        """Return what happened after an earlier account; `listed` stays that of now."""
+        growth = {f.name: getattr(self, f.name) - getattr(earlier, f.name) for f in fields(self)}
+        return replace(self, **growth | {"listed": self.listed})
+
+
+@dataclass
+class Simulation:
+    """Simulate one workspace; methods take the time in Unix seconds, which never runs backwards in here."""
+
+    seed: int
+    start: float
+    rate: float = 2.0  # tasks per second
+    history: int = 0  # tasks that exist at the start
+    window: int | None = None  # the server lists so many of the newest tasks; None: all
+    models: Sequence[Model] = MODELS
+    record_size: int = 2700  # bytes, mean
+    media_share: float = 0.002  # of the tasks carry base64 parts of 131 kB, mean
+    spikes: bool = True  # 40 s in every 5 minutes, in which one model is overloaded
+
+    def __post_init__(self) -> None:
+        self._random, self._lock = Random(self.seed), threading.RLock()
+        self._tasks: deque[Task] = deque(maxlen=self.window)
+        self._events: list[tuple[int, str, bool, Task]] = []
+        self._forced: list[tuple[float, float, str | None, float]] = []
+        self._truth, self._hundredths = Truth(), _REFILL + _REFILL_BELOW
+        self._origin = self._reached = round(self.start * _SECOND)
+        gaps = [self._gap() for _ in range(self.history)]
+        self._next = self._origin - sum(gaps)
+        for gap in gaps:
+            self._arrive(self._next)
+            self._next += gap
+        self._next = self._origin + self._gap()
+
+    def _gap(self) -> int:
+        return round(self._random.expovariate(self.rate) * _SECOND)
+
+    def spike(self, start: float, duration: float, model: str | None = None, ratio: float = 0.9) -> None:
+        """Fail this ratio of the tasks that arrive from now on within that time, on one model or on all."""
+        with self._lock:
+            self._forced.append((start, start + duration, model, ratio))
+
+    def _overload(self, at: float, model: str) -> float:
+        period = math.floor((at - self.start) / 300)
+        random = Random(self.seed * 1_000_003 + period)
+        begin = self.start + period * 300 + (random.uniform(0, 260) if period else 10)
+        own = (begin, begin + 40, random.choice(self.models[:3]).name, 0.8 * self.spikes)
+        hits = [ratio for begin, end, m, ratio in (own, *self._forced) if begin <= at < end and m in (None, model)]
+        return max(hits, default=0.0)
+
+    def _arrive(self, at: int) -> None:
+        random, (prompts, answers), since = self._random, _texts(self.record_size), at - self._origin
+        model = random.choices(self.models, [m.weight * (since >= m.since * _SECOND) for m in self.models])[0]
+        started = at + random.randrange(200_000, 3_000_000)
+        duration = min(max(random.lognormvariate(math.log(model.duration), 0.6), 0.3), 60)
+        luck, overload = random.random(), self._overload(at / _SECOND, model.name)
+        failed, charged_early = luck < max(overload, model.failure_ratio), random.random() < 0.2
+        text, number = random.choices(*_failures())[0], str(random.randrange(10**6, 10**7))
+        if luck < overload:
+            text, duration = _failures()[0][0], min(duration, 1.0)
+        finished = started + round(duration * _SECOND)
+        task = Task(
+            str(UUID(int=random.getrandbits(128), version=4)),
+            model.name,
+            created=at,
+            started=started,
+            charged=random.randrange(started, finished) if charged_early else finished,
+            finished=finished,
+            outcome="failed" if failed else "done",
+            failure_text=text and text.replace("#", number) if failed else None,
+            hundredths=model.hundredths * random.randrange(1, 5) * (charged_early or not failed),
+            prompt=random.choice(_media() if random.random() < self.media_share else prompts),
+            answer=random.choice(answers),
+        )
+        self._truth.submitted[task.model] += 1
+        self._tasks.append(task)
+        heapq.heappush(self._events, (task.charged, task.id, False, task))
+        heapq.heappush(self._events, (task.finished, task.id, True, task))
+
+    def advance(self, now: float) -> int:
+        """Play everything up to a time, in steps of any size; return the time reached in microseconds."""
+        with self._lock:
+            reached = self._reached = max(self._reached, round(now * _SECOND))
+            while self._next <= reached:
+                self._arrive(self._next)
+                self._next += self._gap()
+            while self._events and self._events[0][0] <= reached:
+                _, _, is_end, task = heapq.heappop(self._events)
+                key, truth = (task.model, task.outcome), self._truth
+                if is_end:
+                    truth.finished[key] += 1
+                    truth.microseconds[key] += task.finished - task.created
+                    truth.failures[task.model, task.failure_text] += task.outcome == "failed"
+                else:
+                    truth.hundredths[task.model] += task.hundredths
+                    self._hundredths += _REFILL * (self._hundredths < _REFILL_BELOW) - task.hundredths
+            return reached
+
+    def truth(self, now: float) -> Truth:
+        """Return the account at a time."""
+        with self._lock:
+            reached = self.advance(now)
+            listed = Counter((task.model, task.status(reached)) for task in self._tasks)
+            return replace(self._truth.since(Truth()), listed=listed)
+
+    def balance(self, now: float) -> float:
+        """Return the credits left; refilled when they run low."""
+        with self._lock:
+            self.advance(now)
+            return self._hundredths / 100
+
+    def listing(self, now: float) -> Iterator[bytes]:
+        """Return the chunks of the JSON array at a time, newest task first, made as they are read."""
+        with self._lock:
+            reached, tasks = self.advance(now), list(self._tasks)
+        return joined(task.record(reached) for task in reversed(tasks))
+
+
+def joined(records: Iterator[bytes]) -> Iterator[bytes]:
+    """Return chunks of 64 KiB or one record more of the JSON array of these records."""
+    chunk, separator = bytearray(b"["), b""
+    for record in records:
+        chunk += separator + record
+        separator = b","
+        if len(chunk) >= 1 << 16:
+            yield bytes(chunk)
+            chunk.clear()
+    yield bytes(chunk + b"]")
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: "_Server"
+    protocol_version, disable_nagle_algorithm, wbufsize = "HTTP/1.1", True, 1 << 16
+
+    def do_GET(self) -> None:
+        api, path = self.server.api, self.path.partition("?")[0]
+        simulation = api.workspaces.get((self.headers.get("X-API-ID", ""), self.headers.get("X-API-KEY", "")))
+        status = 401 if simulation is None else 200 if path in (LIST_PATH, BALANCE_PATH) else 404
+        status, extra = (api.fault and api.fault(path)) or (status, {})
+        api.requests[path, status] += 1
+        body = iter([b'{"detail":"Refused by the simulated API"}'])
+        if simulation is not None and status == 200:
+            now = api.clock()
+            if path == LIST_PATH:
+                body = simulation.listing(now)
+            else:
+                body = iter([b'{"remaining_credits":%r}' % simulation.balance(now)])
+        self.send_response(status)
+        headers = {"Content-Type": "application/json", "Transfer-Encoding": "chunked"} | extra
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        for chunk in body:
+            self.wfile.write(b"%x\r\n%b\r\n" % (len(chunk), chunk))
+        self.wfile.write(b"0\r\n\r\n")
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Stay silent."""
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads, request_queue_size = True, 256
+    api: "SimulatedApi"
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        self.api.connections.add(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        self.api.connections.discard(request)
+        super().shutdown_request(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), OSError):  # a client that went away is none
+            super().handle_error(request, client_address)
+
+
+@dataclass
+class SimulatedApi:
+    """Serve workspaces, keyed by (API id, API key), over HTTP on `url` while entered.
+
+    `fault`, when set, may answer a path with a status and headers instead; `requests` counts (path, status).
+    """
+
+    workspaces: Mapping[tuple[str, str], Simulation]
+    clock: Callable[[], float] = time.time
+    host: str = "127.0.0.1"
+    port: int = 0
+    fault: Callable[[str], tuple[int, dict[str, str]] | None] | None = None
+
+    def __post_init__(self) -> None:
+        self.requests: Counter[tuple[str, int]] = Counter()
+        self.connections: set[socket] = set()
+        self._server = _Server((self.host, self.port), _Handler)
+        self._server.api = self
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
+        self.url = f"http://{self.host}:{self._server.server_port}"
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+        for connection in list(self.connections):
+            with suppress(OSError):
+                connection.shutdown(SHUT_RDWR)
+
+
+def demo(clock: Callable[[], float] = time.time) -> SimulatedApi:
+    """Return an API that is lively enough to show every metric in motion within half a minute."""
+    simulation = Simulation(13, clock(), rate=4.0, history=300, window=1000)
+    return SimulatedApi({CREDENTIALS: simulation}, clock)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Serve a simulated API until SIGTERM or SIGINT."""
+    parser = argparse.ArgumentParser(prog="creatify_exporter.simulator", description=main.__doc__)
+    parser.add_argument("--listen-address", default="127.0.0.1:9878")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--rate", type=float, default=2.0, help="tasks per second")
+    parser.add_argument("--history", type=int, default=200, help="tasks that exist at the start")
+    flags, stop = parser.parse_args(arguments), threading.Event()
+    host, _, port = flags.listen_address.rpartition(":")
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    simulation = Simulation(flags.seed, time.time(), rate=flags.rate, history=flags.history, window=5000)
+    with SimulatedApi({CREDENTIALS: simulation}, host=host, port=int(port)) as api:
+        print("{} CREATIFY_API_ID={} CREATIFY_API_KEY={}".format(api.url, *CREDENTIALS), flush=True)
+        stop.wait()
+
+
+if __name__ == "__main__":
+    main()
