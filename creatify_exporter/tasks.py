@@ -1,16 +1,18 @@
 """Tasks of the text generator, and how one JSON record becomes one."""
 
 import re
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any
 
 import msgspec
 
-STATUSES = ("pending", "running", "done", "failed")
+UNFINISHED = ("pending", "running")
 FINISHED = ("done", "failed")
+STATUSES = (*UNFINISHED, *FINISHED)
 UNKNOWN = "unknown"
+OTHER = "other"
 
 NANO = 1_000_000_000
 """Credits are kept as whole billionths, so that sums are exact."""
@@ -18,10 +20,11 @@ NANO = 1_000_000_000
 MAX_CREDITS = 1_000_000
 MAX_MODEL_LENGTH = 128
 
-_ID = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)
-_DECIMAL = re.compile(r"\s*[+-]?(\d{1,40}(\.\d{0,40})?|\.\d{1,40})\s*", re.ASCII)
-_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\u2028\u2029]")
+_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_DECIMAL = re.compile(r"[0-9]{1,40}(\.[0-9]{0,40})?|\.[0-9]{1,40}")
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_MICROSECOND = timedelta(microseconds=1)
 
 
 class Record(msgspec.Struct, gc=False):
@@ -37,3 +40,91 @@ class Record(msgspec.Struct, gc=False):
     credits_used: Any = None
     created_at: Any = None
     updated_at: Any = None
+
+
+class Task(msgspec.Struct, gc=False):
+    """One listed task: clean values, but for the time stamps, which are read when somebody asks.
+
+    `reason` is None unless the task failed. `credits` are billionths, 0 when unknown. Nearly all tasks of a
+    listing are old acquaintances whose time stamps nobody needs; parsing them would be a third of the work.
+    """
+
+    id: str
+    model: str
+    status: str
+    reason: str | None
+    credits: int
+    created_at: Any
+    updated_at: Any
+
+    def created(self) -> int | None:
+        """Return when the task was created, in microseconds since the epoch, or None when unknown."""
+        return microseconds(self.created_at)
+
+    def duration(self) -> int | None:
+        """Return `updated_at - created_at` in microseconds, or None when unknown or negative."""
+        created, updated = microseconds(self.created_at), microseconds(self.updated_at)
+        return None if created is None or updated is None or updated < created else updated - created
+
+
+class TaskReader:
+    """Turn records into tasks; remember the models and statuses met, for most records repeat them."""
+
+    def __init__(self, classify: Callable[[object], str]) -> None:
+        self._classify = classify
+        self._models: dict[str, str] = {}
+
+    def __call__(self, record: Record | None) -> Task | None:
+        """Return the task of `record`, or None when it has no usable id (design section 7)."""
+        if record is None or type(record.id) is not str or not _ID.fullmatch(record.id):
+            return None
+        status = record.status
+        if type(status) is not str or status not in STATUSES:
+            status = UNKNOWN
+        name = record.model_name
+        model = self._models.get(name) if type(name) is str else UNKNOWN
+        if model is None:
+            model = model_of(name)
+            # Hostile names may be many and long: what is remembered stays small.
+            if len(name) <= MAX_MODEL_LENGTH and len(self._models) < 1000:
+                self._models[name] = model
+        return Task(
+            record.id,
+            model,
+            status,
+            self._classify(record.failed_reason) if status == "failed" else None,
+            nanocredits(record.credits_used),
+            record.created_at,
+            record.updated_at,
+        )
+
+
+def model_of(name: str) -> str:
+    """Return the `model` label for a `model_name`: trimmed, printable, at most 128 characters."""
+    return _UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", name.strip()[:MAX_MODEL_LENGTH]) or UNKNOWN
+
+
+def nanocredits(value: object) -> int:
+    """Return `credits_used` in billionths of a credit; 0 for what is no number from 0 to a million.
+
+    Plain decimal text is a number too. Source: design section 7.
+    """
+    if type(value) is str and len(value) < 100 and _DECIMAL.fullmatch(value.strip()):
+        value = Decimal(value.strip())
+    elif type(value) is not float and type(value) is not int:
+        return 0
+    return round(value * NANO) if 0 <= value <= MAX_CREDITS else 0
+
+
+def microseconds(stamp: object) -> int | None:
+    """Return an RFC 3339 time stamp in microseconds since the epoch; None when it is broken.
+
+    A naive time stamp is UTC.
+    """
+    if type(stamp) is not str:
+        return None
+    try:
+        moment = datetime.fromisoformat(stamp.upper())
+    except ValueError:
+        return None
+    return ((moment if moment.tzinfo else moment.replace(tzinfo=UTC)) - _EPOCH) // _MICROSECOND
