@@ -1,0 +1,280 @@
+"""The endpoints: metrics, landing page, health, reload, service discovery."""
+
+import asyncio
+import base64
+import gzip
+import hashlib
+import html
+import math
+import re
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
+from urllib.parse import parse_qs, quote
+
+import structlog
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route, Router
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from creatify_exporter.config import ConfigError
+from creatify_exporter.webauth import Authentication, RequireUser
+
+OPENMETRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
+TEXT = "text/plain; version=0.0.4; charset=utf-8"
+
+_SCRAPE_TIMEOUT = 10.0
+_LONGEST_SCRAPE_TIMEOUT = 3600.0
+_COMPRESSED_AT_ONCE = 16 * 1024  # a larger answer is compressed in a thread
+_HOST = re.compile(r"(\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9._-]{1,253})(:[0-9]{1,5})?")
+_TELEMETRY_PATH = re.compile(r"/([A-Za-z0-9._~-]+(/[A-Za-z0-9._~-]+)*)?")
+_STYLE = (
+    "body{font:16px/1.5 sans-serif;margin:2em auto;max-width:50em;padding:0 1em}"
+    "table{border-collapse:collapse}th,td{border-bottom:1px solid #ccc;padding:.3em 1.5em .3em 0;text-align:left}"
+)
+_STYLE_HASH = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
+_SECURITY_HEADERS = {
+    "Content-Security-Policy": f"default-src 'none'; style-src 'sha256-{_STYLE_HASH}'; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+    "Server": "creatify-exporter",
+}
+_log = structlog.get_logger(__name__)
+
+
+class WorkspaceState(Protocol):
+    """What the landing page shows of a workspace."""
+
+    @property
+    def name(self) -> str:
+        """The label value."""
+
+    @property
+    def up(self) -> bool | None:
+        """Whether the newest finished listing succeeded and is fresh; None before the first one."""
+
+    @property
+    def age(self) -> float | None:
+        """Seconds since the last finished listing; None before the first one."""
+
+    @property
+    def cause(self) -> str | None:
+        """Why it failed, one of the causes of `creatify_exporter_listing_errors_total`."""
+
+
+class Site(Protocol):
+    """What the endpoints serve."""
+
+    telemetry_path: str
+    lifecycle: bool
+    version: str
+    revision: str
+
+    def workspaces(self) -> Sequence[WorkspaceState]:
+        """Return the configured workspaces in their order."""
+
+    async def scrape(self, names: frozenset[str] | None, timeout: float, openmetrics: bool) -> bytes:
+        """Return the exposition of the workspaces `names` (None: all of them), at most `timeout` seconds from now."""
+
+    def ready(self) -> bool:
+        """Tell whether the ledger answered last time."""
+
+    async def reload(self) -> None:
+        """Read the configuration anew; raises ConfigError and keeps the former one when it is invalid."""
+
+
+def application(site: Site, authentication: Authentication, timeout_offset: float = 0.5) -> ASGIApp:
+    """Return the endpoints of `site` as an ASGI application that answers every request and never raises.
+
+    `timeout_offset` is what an answer has to leave before Prometheus' own scrape timeout, in seconds.
+    Raises ValueError when `site.telemetry_path` is no plain path or that of another endpoint.
+    """
+    endpoints = _Endpoints(site, timeout_offset)
+    routes = [
+        Route("/-/healthy", endpoints.healthy),
+        Route("/-/ready", endpoints.ready),
+        Route("/-/reload", endpoints.reload, methods=["POST"]),
+        Route("/sd", endpoints.discovery),
+    ]
+    path = site.telemetry_path
+    if not _TELEMETRY_PATH.fullmatch(path) or path in {route.path for route in routes}:
+        raise ValueError("must be a path like /metrics, of letters, digits and ._~-, that no other endpoint has")
+    routes.append(Route(path, endpoints.metrics))
+    if path != "/":
+        routes.append(Route("/", endpoints.landing))
+    return _Shell(RequireUser(Router(routes, redirect_slashes=False), authentication))
+
+
+class _Shell:
+    """Add the security headers to every answer, and turn an exception into a 500 that tells nothing."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = False
+
+        async def send_shelled(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                headers = MutableHeaders(scope=message)
+                for name, value in _SECURITY_HEADERS.items():
+                    headers.setdefault(name, value)
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_shelled)
+        except Exception as error:  # noqa: BLE001 - the last resort: whatever failed, its text may hold anything
+            _log.error("request failed", error=type(error).__name__)
+            if not started:
+                await PlainTextResponse("internal error\n", 500)(scope, receive, send_shelled)
+
+
+class _Endpoints:
+    def __init__(self, site: Site, timeout_offset: float) -> None:
+        self._site = site
+        self._timeout_offset = timeout_offset
+        self._compressor = ThreadPoolExecutor(1, thread_name_prefix="gzip")
+
+    async def metrics(self, request: Request) -> Response:
+        query = parse_qs(request.scope["query_string"].decode("utf-8", "replace"), keep_blank_values=True)
+        names = frozenset(query["workspace"]) if "workspace" in query else None
+        if names and not names <= {workspace.name for workspace in self._site.workspaces()}:
+            return PlainTextResponse("unknown workspace\n", 404)
+        openmetrics = prefers_openmetrics(",".join(request.headers.getlist("accept")))
+        timeout = scrape_timeout(request.headers.get("x-prometheus-scrape-timeout-seconds"), self._timeout_offset)
+        body = await self._site.scrape(names, timeout, openmetrics)
+        headers = {"Content-Type": OPENMETRICS if openmetrics else TEXT, "Vary": "Accept, Accept-Encoding"}
+        if allows_gzip(",".join(request.headers.getlist("accept-encoding"))):
+            headers["Content-Encoding"] = "gzip"
+            body = await self._compressed(body)
+        return Response(body, headers=headers)
+
+    async def _compressed(self, body: bytes) -> bytes:
+        if len(body) < _COMPRESSED_AT_ONCE:
+            return _gzip(body)
+        return await asyncio.get_running_loop().run_in_executor(self._compressor, _gzip, body)
+
+    async def healthy(self, _request: Request) -> Response:
+        return PlainTextResponse("healthy\n")
+
+    async def ready(self, _request: Request) -> Response:
+        return PlainTextResponse("ready\n") if self._site.ready() else PlainTextResponse("not ready\n", 503)
+
+    async def reload(self, _request: Request) -> Response:
+        if not self._site.lifecycle:
+            return PlainTextResponse("reloading over HTTP needs --web.enable-lifecycle\n", 403)
+        try:
+            await self._site.reload()
+        except ConfigError as error:
+            return PlainTextResponse(f"{error}\n", 500)
+        return PlainTextResponse("reloaded\n")
+
+    async def discovery(self, request: Request) -> Response:
+        host = target_host(request.headers, request.scope.get("server"))
+        labels = {} if self._site.telemetry_path == "/metrics" else {"__metrics_path__": self._site.telemetry_path}
+        if request.scope["scheme"] == "https":
+            labels["__scheme__"] = "https"
+        return JSONResponse(
+            [
+                {
+                    "targets": [host],
+                    "labels": {"__param_workspace": one.name, "instance": f"{host}/{one.name}"} | labels,
+                }
+                for one in self._site.workspaces()
+            ]
+        )
+
+    async def landing(self, _request: Request) -> Response:
+        return HTMLResponse(_landing_page(self._site))
+
+
+def scrape_timeout(header: str | None, offset: float) -> float:
+    """Return how many seconds an answer may take, from the header in which Prometheus tells its own timeout.
+
+    A missing header, or one that is no positive finite number, means 10 s. `offset` seconds are taken off, but never
+    more than half (design section 3).
+    """
+    try:
+        value = float(header or "")
+    except ValueError:
+        value = math.nan
+    seconds = min(value, _LONGEST_SCRAPE_TIMEOUT) if 0 < value < math.inf else _SCRAPE_TIMEOUT
+    return max(seconds - offset, seconds / 2)
+
+
+def prefers_openmetrics(accept: str) -> bool:
+    """Tell whether an `Accept` header names OpenMetrics and does not like it less than the classic text format."""
+    weights = _weights(accept)
+    text = next((weights[name] for name in ("text/plain", "text/*", "*/*") if name in weights), 0.0)
+    return weights.get("application/openmetrics-text", 0.0) >= max(text, 0.001)
+
+
+def allows_gzip(accept_encoding: str) -> bool:
+    """Tell whether an `Accept-Encoding` header allows gzip."""
+    weights = _weights(accept_encoding)
+    return weights.get("gzip", weights.get("x-gzip", weights.get("*", 0.0))) > 0
+
+
+def _weights(header: str) -> dict[str, float]:
+    """Return the highest weight of each thing named in an `Accept` or `Accept-Encoding` header, 0 for a broken one."""
+    weights: dict[str, float] = {}
+    for item in header.split(","):
+        name, *parameters = (part.strip().lower() for part in item.split(";"))
+        weights[name] = max(weights.get(name, 0.0), _weight(parameters))
+    return weights
+
+
+def _weight(parameters: Iterable[str]) -> float:
+    for parameter in parameters:
+        name, _, value = parameter.partition("=")
+        if name.strip() == "q":
+            return float(value) if re.fullmatch(r"\s*(0(\.[0-9]*)?|1(\.0*)?)", value) else 0.0
+    return 1.0
+
+
+def _gzip(body: bytes) -> bytes:
+    return gzip.compress(body, compresslevel=6, mtime=0)
+
+
+def target_host(headers: Headers, server: tuple[str, str | int] | None) -> str:
+    """Return under which `HOST:PORT` a client reached us: its `Host` header if that is one, else where we listen."""
+    host = headers.get("host", "")
+    if _HOST.fullmatch(host):
+        return host
+    address, port = server or ("localhost", 9877)
+    if address in {"::", "0.0.0.0"}:  # noqa: S104 - compared, not bound
+        address = "localhost"
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+
+
+def _landing_page(site: Site) -> str:
+    metrics = html.escape(site.telemetry_path.lstrip("/"))
+    rows = "".join(
+        f'<tr><td><a href="{metrics}?workspace={quote(one.name, safe="")}">{html.escape(one.name)}</a></td>'
+        f"<td>{html.escape(_state(one))}</td><td>{'' if one.age is None else f'{one.age:.0f} s ago'}</td></tr>"
+        for one in site.workspaces()
+    )
+    version = html.escape(f"{site.version} ({site.revision})")
+    return (
+        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>Creatify exporter</title>'
+        f"<style>{_STYLE}</style></head><body><h1>Creatify exporter</h1><p>Version {version}</p>"
+        "<table><thead><tr><th>Workspace</th><th>State</th><th>Last listing</th></tr></thead>"
+        f'<tbody>{rows}</tbody></table><ul><li><a href="{metrics}">Metrics</a></li>'
+        '<li><a href="-/healthy">Healthy</a></li><li><a href="-/ready">Ready</a></li>'
+        '<li><a href="sd">Service discovery</a></li></ul></body></html>\n'
+    )
+
+
+def _state(workspace: WorkspaceState) -> str:
+    if workspace.up is None:
+        return "waiting for the first listing"
+    if workspace.up:
+        return "up"
+    return f"down ({workspace.cause})" if workspace.cause else "down"
