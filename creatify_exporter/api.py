@@ -1,0 +1,458 @@
+"""The Creatify API: streams the tasks of one workspace; every failure is an ApiError with a cause."""
+
+import functools
+import http.client
+import json
+import logging
+import math
+import os
+import re
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from http.cookiejar import DefaultCookiePolicy
+from typing import Any
+from urllib.parse import urldefrag, urljoin, urlsplit
+
+import requests
+import urllib3
+from requests.adapters import HTTPAdapter
+from requests.utils import DEFAULT_CA_BUNDLE_PATH
+from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+
+from creatify_exporter import __version__
+from creatify_exporter.stream import MalformedBodyError, Page
+from creatify_exporter.tasks import Record
+
+CAUSES = ("auth", "rate_limited", "http", "timeout", "connection", "payload", "too_large", "ledger")
+
+_PATHS = {"text_generator": "/sse/text_generator/", "remaining_credits": "/api/remaining_credits/"}
+_CONNECT_TIMEOUT = 10.0
+_BALANCE_TIMEOUT = 10.0
+_MAX_BALANCE_SIZE = 64 * 1024
+_READ_SIZE = 256 * 1024
+_DECIMAL = re.compile(r"[+-]?[0-9]{1,40}(\.[0-9]{0,40})?", re.ASCII)
+_PLAIN_HOST = re.compile(r"[A-Za-z0-9.:_-]{1,100}", re.ASCII)
+
+# Its warnings quote what a server sent.
+logging.getLogger("urllib3").setLevel(logging.CRITICAL)
+
+
+class ApiError(Exception):
+    """Tell why the API could not be read.
+
+    `cause` is one of CAUSES, `status` the HTTP status if there was one, `retry_after` seconds from now as the server
+    asked for with 429 or 503. The text holds no credential, no URL but scheme and host, and nothing from a body.
+    """
+
+    def __init__(
+        self, cause: str, message: str, *, status: int | None = None, retry_after: float | None = None
+    ) -> None:
+        super().__init__(message)
+        self.cause = cause
+        self.status = status
+        self.retry_after = retry_after
+
+
+class Client:
+    """Read the listing and the balance of one workspace, each at most once at a time, also in two threads at once.
+
+    `timeout` is in seconds for a whole listing, `max_response_size` in bytes after decompression; `on_request` is told
+    the endpoint and the HTTP status (or "error") of each request sent.
+    """
+
+    def __init__(
+        self,
+        *,
+        api_id: str,
+        api_key: str,
+        base_url: str,
+        timeout: float,
+        max_response_size: int,
+        ca_file: str | None,
+        on_request: Callable[[str, str], None],
+    ) -> None:
+        self._base_url = base_url.rstrip("/")
+        self._timeout = timeout
+        self._max_response_size = max_response_size
+        self._on_request = on_request
+        self._calls: set[_Call] = set()
+        self._session = _session(api_id, api_key, ca_file)
+
+    def tasks(self) -> "TaskStream":
+        """Return a fresh stream over the records of all pages; nothing is sent before it is iterated."""
+        return TaskStream(self._pages)
+
+    def remaining_credits(self) -> float:
+        """Return the workspace's balance; raise ApiError."""
+        with self._call(min(self._timeout, _BALANCE_TIMEOUT)) as call:
+            body = b""
+            for chunk in self._body(call, "remaining_credits", self._base_url + _PATHS["remaining_credits"]):
+                body += chunk
+                if len(body) > _MAX_BALANCE_SIZE:
+                    raise ApiError("payload", "the balance is longer than any balance")
+        return _balance(body)
+
+    def abort(self) -> None:
+        """Break off what is running; it fails with cause "connection"."""
+        for call in list(self._calls):
+            call.break_off("connection")
+
+    def close(self) -> None:
+        """Close the idle connections."""
+        self._session.close()
+
+    def _pages(self, stream: "TaskStream") -> Iterator[list[Record | None]]:
+        url: str | None = self._base_url + _PATHS["text_generator"]
+        seen = set()
+        with self._call(self._timeout) as call:
+            while url:
+                seen.add(url)
+                page = Page(self._counted(self._body(call, "text_generator", url), stream))
+                try:
+                    yield from page
+                except MalformedBodyError as error:
+                    raise ApiError("payload", f"the list is malformed: {error}") from None
+                url = page.next and _next_url(url, page.next)
+                if url in seen:
+                    raise ApiError("payload", "the list links to a page that was read already")
+
+    def _counted(self, chunks: Iterator[bytes], stream: "TaskStream") -> Iterator[bytes]:
+        for chunk in chunks:
+            stream.size += len(chunk)
+            if stream.size > self._max_response_size:
+                raise ApiError("too_large", f"the list is larger than {self._max_response_size} bytes")
+            yield chunk
+
+    @contextmanager
+    def _call(self, seconds: float) -> "Iterator[_Call]":
+        call = _Call(seconds)
+        self._calls.add(call)
+        try:
+            yield call
+        finally:
+            self._calls.discard(call)
+            call.end()
+
+    def _body(self, call: "_Call", endpoint: str, url: str) -> Iterator[bytes]:
+        """Yield the decoded body of a 200, as it arrives; raise ApiError."""
+        response = self._get(call, endpoint, url)
+        try:
+            if response.status_code != 200:
+                raise _refusal(response)
+            while chunk := response.raw.read1(_READ_SIZE, decode_content=True):
+                call.check()
+                yield chunk
+            call.check()
+        except (urllib3.exceptions.HTTPError, http.client.HTTPException, OSError, ValueError) as error:
+            call.check()
+            raise _failure(error) from None
+        finally:
+            # Only a body read to its end leaves a connection that can be used again, and that one is back already.
+            response.close()
+
+    def _get(self, call: "_Call", endpoint: str, url: str) -> requests.Response:
+        for last_try in (False, True):
+            call.check()
+            call.connected = False
+            try:
+                response = self._send(call, url)
+            except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError) as error:
+                self._on_request(endpoint, "error")
+                call.check()
+                # The server had closed a kept-alive connection; a GET may be repeated.
+                if last_try or call.connected or not _is_closed_early(error):
+                    raise _failure(error) from None
+            else:
+                self._on_request(endpoint, str(response.status_code))
+                return response
+        raise AssertionError
+
+    def _send(self, call: "_Call", url: str) -> requests.Response:
+        left = call.left()
+        token = _current_call.set(call)
+        try:
+            return self._session.get(url, stream=True, timeout=(min(left, _CONNECT_TIMEOUT), left))
+        finally:
+            _current_call.reset(token)
+
+
+class TaskStream:
+    """Iterate once over a listing's batches of records, all pages in sequence; raise ApiError.
+
+    `size` is the number of decoded bytes so far.
+    """
+
+    def __init__(self, pages: "Callable[[TaskStream], Iterator[list[Record | None]]]") -> None:
+        self.size = 0
+        self._pages = pages
+
+    def __iter__(self) -> Iterator[list[Record | None]]:
+        return self._pages(self)
+
+
+class _Call:
+    """One listing or one look at the balance: its deadline, and its socket, to be broken off from outside.
+
+    The timeouts of requests are per read; a server that drips bytes gets past them, and never past a shut socket.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.connected = False
+        self._ends = time.monotonic() + seconds
+        self._broken: str | None = None
+        self._socket: socket.socket | None = None
+        self._timer = threading.Timer(seconds, self.break_off, ["timeout"])
+        self._timer.daemon = True
+        self._timer.start()
+
+    def left(self) -> float:
+        """Return the seconds left, at least a little above 0."""
+        return max(self._ends - time.monotonic(), 0.001)
+
+    def watch(self, connection: socket.socket) -> None:
+        """Make `connection` the one to shut."""
+        self._socket = connection
+        if self._broken:
+            raise TimeoutError
+
+    def break_off(self, cause: str) -> None:
+        """Shut the socket, so that whatever waits for it fails."""
+        self._broken = self._broken or cause
+        if self._socket is not None:
+            with suppress(OSError):
+                # Not SSLSocket's own method: that would pull the TLS state from under a read in the other thread.
+                socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
+
+    def check(self) -> None:
+        """Raise ApiError if the call was broken off or its time is up."""
+        if self._broken is None and time.monotonic() >= self._ends:
+            self._broken = "timeout"
+        if self._broken == "timeout":
+            raise ApiError("timeout", "the API did not answer completely in time")
+        if self._broken:
+            raise ApiError("connection", "the exporter broke off the request")
+
+    def end(self) -> None:
+        """Stop the clock."""
+        self._timer.cancel()
+
+
+_current_call: ContextVar[_Call] = ContextVar("current_call")
+
+
+class _HTTPConnection(HTTPConnection):
+    """Show the current call each socket before it is used."""
+
+    _sock: socket.socket | None = None
+
+    @property
+    def sock(self) -> socket.socket | None:
+        return self._sock
+
+    @sock.setter
+    def sock(self, value: socket.socket | None) -> None:
+        self._sock = value
+        if isinstance(value, socket.socket):
+            call = _current_call.get()
+            call.connected = True
+            # The limit of a whole TLS handshake, during which nobody else can get at the socket.
+            value.settimeout(min(call.left(), _CONNECT_TIMEOUT))
+            call.watch(value)
+
+    def request(self, *args: Any, **kwargs: Any) -> None:
+        if isinstance(self._sock, socket.socket):
+            _current_call.get().watch(self._sock)
+        super().request(*args, **kwargs)
+
+
+class _HTTPSConnection(_HTTPConnection, HTTPSConnection):
+    """The same with TLS."""
+
+
+class _HTTPPool(HTTPConnectionPool):
+    ConnectionCls = _HTTPConnection
+
+
+class _HTTPSPool(HTTPSConnectionPool):
+    ConnectionCls = _HTTPSConnection
+
+
+class _Adapter(HTTPAdapter):
+    """Trust the usual authorities and those of `ca_file`, and make connections that can be broken off."""
+
+    def __init__(self, ca_file: str | None) -> None:
+        changed = os.stat(ca_file).st_mtime_ns if ca_file else 0
+        self._tls = _tls_context(ca_file, changed)
+        super().__init__()
+
+    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
+        super().init_poolmanager(*args, ssl_context=self._tls, **kwargs)
+        self.poolmanager.pool_classes_by_scheme = _POOLS
+
+    def proxy_manager_for(self, proxy: str, **kwargs: Any) -> Any:
+        if proxy.lower().startswith("https"):
+            kwargs["proxy_ssl_context"] = self._tls
+        manager = super().proxy_manager_for(proxy, ssl_context=self._tls, **kwargs)
+        manager.pool_classes_by_scheme = _POOLS
+        return manager
+
+    def cert_verify(self, conn: Any, url: str, verify: Any, cert: Any) -> None:
+        """Leave all to the context; requests would load the usual authorities again for each connection."""
+
+
+_POOLS = {"http": _HTTPPool, "https": _HTTPSPool}
+
+
+@functools.lru_cache(maxsize=4)
+def _tls_context(ca_file: str | None, changed: int) -> ssl.SSLContext:
+    """Return one context for all workspaces: loading the authorities takes time and memory. `changed` is a cache key."""
+    context = ssl.create_default_context()
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.load_verify_locations(DEFAULT_CA_BUNDLE_PATH)
+    if ca_file:
+        context.load_verify_locations(ca_file)
+    return context
+
+
+class _Session(requests.Session):
+    """Follow no redirect: credentials must not travel, and requests would read the whole body of one first."""
+
+    def get_redirect_target(self, resp: requests.Response) -> None:
+        return None
+
+
+def _session(api_id: str, api_key: str, ca_file: str | None) -> requests.Session:
+    session = _Session()
+    session.headers.clear()
+    session.headers.update(
+        {
+            "X-API-ID": api_id,
+            "X-API-KEY": api_key,
+            "User-Agent": f"creatify-exporter/{__version__}",
+            "Accept": "application/json",
+            "Accept-Encoding": "gzip",
+        }
+    )
+    session.auth = lambda request: request  # or requests would look into ~/.netrc
+    session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
+    adapter = _Adapter(ca_file)
+    session.mount("http://", adapter)
+    session.mount("https://", adapter)
+    return session
+
+
+def _refusal(response: requests.Response) -> ApiError:
+    """Say what an answer other than 200 means, by its status alone."""
+    status = response.status_code
+    if status in (401, 403):
+        return ApiError("auth", f"the API refused the credentials (HTTP {status})", status=status)
+    if 300 <= status < 400:
+        target = _origin_text(response)
+        return ApiError(
+            "http",
+            f"the API redirects{target} (HTTP {status}); redirects are not followed: set api.base_url to where it is",
+            status=status,
+        )
+    wait = _retry_after(response.headers.get("Retry-After")) if status in (429, 503) else None
+    cause = "rate_limited" if status == 429 else "http"
+    return ApiError(cause, f"the API answered HTTP {status}", status=status, retry_after=wait)
+
+
+def _origin_text(response: requests.Response) -> str:
+    with suppress(ValueError):
+        target = urlsplit(urljoin(response.url, response.headers.get("Location", "")))
+        host = f"{target.hostname}:{target.port}" if target.port else str(target.hostname)
+        if target.scheme in ("http", "https") and _PLAIN_HOST.fullmatch(host):
+            return f" to {target.scheme}://{host}"
+    return ""
+
+
+def _retry_after(value: str | None) -> float | None:
+    """Return the seconds from now that a Retry-After header means, None if it means nothing."""
+    text = (value or "").strip()
+    if text.isascii() and text.isdigit():
+        return float(text[:12])
+    try:
+        moment = parsedate_to_datetime(text)
+    except ValueError:
+        return None
+    if moment.tzinfo is None:
+        moment = moment.replace(tzinfo=UTC)
+    return max((moment - datetime.now(UTC)).total_seconds(), 0.0)
+
+
+def _next_url(url: str, link: str) -> str:
+    """Resolve a link to the next page; raise ApiError if it leads to another origin."""
+    try:
+        target = urldefrag(urljoin(url, link)).url
+        if _origin(target) == _origin(url):
+            return target
+    except ValueError:
+        pass
+    raise ApiError("payload", "the list links to a page on another origin")
+
+
+def _origin(url: str) -> tuple[str, str | None, int | None, bool]:
+    parts = urlsplit(url)
+    default = {"http": 80, "https": 443}.get(parts.scheme)
+    return parts.scheme, parts.hostname, parts.port or default, "@" in parts.netloc
+
+
+def _balance(body: bytes) -> float:
+    try:
+        answer = json.loads(body)
+        value = answer["remaining_credits"]
+        if isinstance(value, str) and _DECIMAL.fullmatch(value.strip()):
+            value = float(value)
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+            return float(value)
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+        pass
+    raise ApiError("payload", "the balance is no JSON object with a number remaining_credits")
+
+
+def _related(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error and all those it was made of; libraries hide them in arguments and reasons."""
+    found, waiting = set(), [error]
+    while waiting:
+        error = waiting.pop()
+        if id(error) not in found:
+            found.add(id(error))
+            yield error
+            parts = (*error.args, getattr(error, "reason", None), error.__cause__, error.__context__)
+            waiting.extend(part for part in parts if isinstance(part, BaseException))
+
+
+def _is_closed_early(error: BaseException) -> bool:
+    return any(isinstance(part, ConnectionError) for part in _related(error))
+
+
+def _failure(error: Exception) -> ApiError:
+    """Say what an exception of the libraries means, without their texts: these quote URLs, headers and bodies."""
+    parts = list(_related(error))
+
+    def has(*kinds: type[BaseException]) -> bool:
+        return any(isinstance(part, kinds) for part in parts)
+
+    if has(TimeoutError, requests.Timeout, urllib3.exceptions.TimeoutError):
+        return ApiError("timeout", "the API did not answer in time")
+    if has(urllib3.exceptions.DecodeError):
+        return ApiError("payload", "the body of the answer cannot be decompressed")
+    if has(http.client.IncompleteRead):
+        return ApiError("payload", "the body of the answer is cut short")
+    if has(urllib3.exceptions.ProxyError):
+        return ApiError("connection", "the proxy of the environment does not connect to the API")
+    for part in parts:
+        if isinstance(part, ssl.SSLCertVerificationError):
+            return ApiError("connection", f"the API's certificate is not trusted: {part.verify_message}")
+        if isinstance(part, OSError) and part.strerror and not isinstance(part, requests.RequestException):
+            return ApiError("connection", f"the connection to the API failed: {part.strerror}")
+    return ApiError("connection", f"the connection to the API failed ({type(parts[-1]).__name__})")
