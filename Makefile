@@ -43,6 +43,7 @@ run: $(RUNTIME)
 	fi
 
 test: lint
+	@$(PY) -m tests.support.packages
 	$(VENV)/bin/pytest -n $(WORKERS) --dist loadgroup --cov --cov-report=term $(PYTEST_ARGS)
 
 lint: $(DEV)
@@ -58,6 +59,7 @@ bench: $(DEV)
 	$(PY) -m benchmarks $(ARGS)
 
 soak: $(DEV)
+	@$(PY) -m tests.support.packages
 	$(VENV)/bin/pytest -m soak --soak $(PYTEST_ARGS)
 
 # Everything in the repository that is made from something else; tests fail when one of them is stale.

@@ -1,10 +1,15 @@
-"""Programs from Debian that tests use: found, installed when root, else the test is skipped (fails in CI)."""
+"""Programs from Debian that tests use: found, installed when root, else the test is skipped (fails in CI).
+
+Usage: python -m tests.support.packages     installs what is missing, before tests run side by side and wait for it
+"""
 
 import fcntl
 import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -30,6 +35,20 @@ def find(program: str) -> str | None:
     return shutil.which(program)
 
 
+@contextmanager
+def _no_services(policy: Path = Path("/usr/sbin/policy-rc.d")) -> Iterator[None]:
+    """Keep packages from starting their services, which tests start by themselves."""
+    made = not policy.exists()
+    if made:
+        policy.write_text("#!/bin/sh\nexit 101\n")
+        policy.chmod(0o755)
+    try:
+        yield
+    finally:
+        if made:
+            policy.unlink()
+
+
 @cache
 def _install(package: str) -> str | None:
     """Install a Debian package; return why that did not work."""
@@ -37,13 +56,19 @@ def _install(package: str) -> str | None:
         return f"{package} is not installed, and only root can install it"
     if shutil.which("apt-get") is None:
         return f"{package} is not installed, and there is no apt-get here"
-    environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}  # no service is started
+    environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
     with (Path(tempfile.gettempdir()) / "creatify-exporter-tests-apt.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        for command in (["update"], ["install", "--yes", "--no-install-recommends", package]):
-            done = subprocess.run(
-                ["apt-get", "-qq", *command], env=environment, capture_output=True, text=True, timeout=600, check=False
-            )
+        with _no_services():
+            for command in (["update"], ["install", "--yes", "--no-install-recommends", package]):
+                done = subprocess.run(
+                    ["apt-get", "-qq", *command],
+                    env=environment,
+                    capture_output=True,
+                    text=True,
+                    timeout=600,
+                    check=False,
+                )
         if done.returncode != 0:
             return f"apt-get install {package} failed: {done.stderr.strip()[-300:]}"
     return None
@@ -64,3 +89,8 @@ def require(*programs: str) -> tuple[str, ...]:
             pytest.skip(message)
         paths.append(path)
     return tuple(paths)
+
+
+if __name__ == "__main__":
+    for each in sorted({package for program, package in PACKAGES.items() if find(program) is None}):
+        print(f"Installing {each} ...", _install(each) or "done")
