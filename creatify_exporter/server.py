@@ -6,6 +6,7 @@ import ctypes
 import errno
 import hashlib
 import os
+import re
 import socket
 import struct
 import sys
@@ -22,6 +23,7 @@ from creatify_exporter.config import ConfigError, Tls
 _BACKLOG = 2048  # with Granian's default of 128, a few hundred idle clients make a connect hang
 _BUFFER = 64 * 1024  # bytes per connection; also the limit of a request's head
 _STRAGGLERS = 1.0  # seconds that handshakes under way get before their listener closes
+_LISTEN = re.compile(r"(\[(?P<address>[0-9A-Fa-f.]*:[0-9A-Fa-f:.]+)\]|(?P<host>[A-Za-z0-9._-]*)):(?P<port>[0-9]{1,5})")
 _SO_ATTACH_REUSEPORT_CBPF = 51
 _PMTU = slice(60, 64)  # of struct tcp_info; 0 in a socket that was never connected
 
@@ -31,14 +33,10 @@ def parse_listen_address(text: str) -> tuple[str, int]:
 
     Raises ValueError when `text` is none of them.
     """
-    host, separator, port = text.rpartition(":")
-    bracketed = host.startswith("[") and host.endswith("]")
-    if bracketed:
-        host = host[1:-1]
-    valid = separator and port.isascii() and port.isdecimal() and len(port) <= 5 and int(port) <= 65535
-    if not valid or bracketed != (":" in host) or any(one in host or one.isspace() for one in "[]/@ \t\n\0"):
+    match = _LISTEN.fullmatch(text)
+    if match is None or int(match["port"]) > 65535:
         raise ValueError("must be :PORT, HOST:PORT or [IPV6]:PORT")
-    return host, int(port)
+    return match["address"] or match["host"], int(match["port"])
 
 
 class WebServer:

@@ -1,0 +1,172 @@
+"""The endpoints with a made-up site behind: in this process for the routes, in one of its own for the server.
+
+The process takes its settings as one JSON object on the command line, prints `{"host": ..., "port": ...}` when it
+listens, and then answers each line on standard input, a JSON object of TLS settings or null, with one line: "replaced",
+or what was wrong with it. It ends, gracefully, with its standard input.
+"""
+
+import asyncio
+import json
+import socket
+import ssl
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from creatify_exporter.config import ConfigError, Tls
+from creatify_exporter.server import WebServer, parse_listen_address
+from creatify_exporter.web import application
+from creatify_exporter.webauth import Authentication
+
+ROOT = Path(__file__).absolute().parents[2]
+
+
+@dataclass(frozen=True)
+class FakeWorkspace:
+    name: str
+    up: bool | None = True
+    age: float | None = 1.0
+    cause: str | None = None
+
+
+@dataclass
+class FakeSite:
+    """A site that notes what it was asked."""
+
+    telemetry_path: str = "/metrics"
+    lifecycle: bool = False
+    version: str = "1.2.3"
+    revision: str = "abc"
+    states: Sequence[FakeWorkspace] = (FakeWorkspace("marketing"), FakeWorkspace("sales"))
+    body: bytes = b"creatify_up 1\n"
+    failure: Exception | None = None
+    is_ready: bool = True
+    scrapes: list[tuple[frozenset[str] | None, float, bool]] = field(default_factory=list)
+    reloads: int = 0
+
+    def workspaces(self) -> Sequence[FakeWorkspace]:
+        return self.states
+
+    async def scrape(self, names: frozenset[str] | None, timeout: float, openmetrics: bool) -> bytes:
+        self.scrapes.append((names, timeout, openmetrics))
+        if self.failure:
+            raise self.failure
+        return self.body
+
+    def ready(self) -> bool:
+        return self.is_ready
+
+    async def reload(self) -> None:
+        self.reloads += 1
+        if self.failure:
+            raise self.failure
+
+
+async def _host(settings: Mapping[str, Any]) -> None:
+    site = FakeSite(
+        states=[FakeWorkspace(name) for name in settings.get("workspaces", ["marketing", "sales"])],
+        body=b"# a line of sixty-four bytes, as many of them as were asked for\n" * settings.get("lines", 1000),
+    )
+    tls = settings.get("tls")
+    server = WebServer(
+        application(site, Authentication(settings.get("users", {}))),
+        parse_listen_address(settings.get("listen", "127.0.0.1:0")),
+        Tls(**tls) if tls else None,
+        **settings.get("limits", {}),
+    )
+    try:
+        await server.start()
+    except ConfigError as error:
+        sys.exit(str(error))
+    print(json.dumps({"host": server.address[0], "port": server.address[1], "url": server.url}), flush=True)
+    while line := await asyncio.to_thread(sys.stdin.readline):
+        tls = json.loads(line)
+        try:
+            await server.replace(Tls(**tls) if tls else None)
+        except ConfigError as error:
+            print(error, flush=True)
+        else:
+            print("replaced", flush=True)
+    await server.stop(settings.get("grace", 3.0))
+
+
+@dataclass
+class Host:
+    """A running process."""
+
+    process: "subprocess.Popen[str]"
+    host: str
+    port: int
+    url: str
+
+    def replace(self, tls: Mapping[str, str] | None) -> str:
+        assert self.process.stdin
+        assert self.process.stdout
+        self.process.stdin.write(json.dumps(tls) + "\n")
+        self.process.stdin.flush()
+        return self.process.stdout.readline().strip()
+
+    def end(self) -> int:
+        assert self.process.stdin
+        self.process.stdin.close()
+        return self.process.wait(20)
+
+    def connect(self, context: ssl.SSLContext | None = None, receive_buffer: int = 0) -> socket.socket:
+        """Return a connection, with TLS when there is a context; its reads give up after 10 seconds."""
+        one = socket.socket()
+        if receive_buffer:
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        one.settimeout(10)
+        one.connect((self.host, self.port))
+        return context.wrap_socket(one, server_hostname="localhost") if context else one
+
+    def get(
+        self, path: str = "/metrics", context: ssl.SSLContext | None = None, headers: Mapping[str, str] | None = None
+    ) -> tuple[int, bytes]:
+        """Return status and body of one request on a connection of its own."""
+        lines = [f"GET {path} HTTP/1.1", "Host: localhost", "Connection: close"]
+        lines += [f"{name}: {value}" for name, value in (headers or {}).items()]
+        with self.connect(context) as one:
+            one.sendall("\r\n".join([*lines, "", ""]).encode())
+            return answer_of(read_all(one))
+
+
+def read_all(one: socket.socket) -> bytes:
+    """Return what comes until the other side closes."""
+    parts = []
+    while part := one.recv(1 << 20):
+        parts.append(part)
+    return b"".join(parts)
+
+
+def answer_of(data: bytes) -> tuple[int, bytes]:
+    """Return status and body of a raw answer."""
+    head, separator, body = data.partition(b"\r\n\r\n")
+    assert separator, f"no answer: {data[:200]!r}"
+    return int(head.split(b" ", 2)[1]), body
+
+
+@contextmanager
+def hosting(**settings: Any) -> Iterator[Host]:
+    """Run the process; it must end by itself, with status 0, when its standard input does."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "tests.support.webhost", json.dumps(settings)],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            assert process.stdout
+            yield Host(process, **json.loads(process.stdout.readline()))
+        finally:
+            if process.poll() is None:
+                process.kill()
+
+
+if __name__ == "__main__":
+    asyncio.run(_host(json.loads(sys.argv[1])))
