@@ -172,7 +172,7 @@ class Simulation:
 
     def __post_init__(self) -> None:
         self._random, self._lock = Random(self.seed), threading.RLock()
-        self._tasks: deque[Task] = deque(maxlen=self.window)
+        self.tasks: deque[Task] = deque(maxlen=self.window)
         self._events: list[tuple[int, str, bool, Task]] = []
         self._forced: list[tuple[float, float, str | None, float]] = []
         self._truth, self._hundredths = Truth(), _REFILL + _REFILL_BELOW
@@ -225,7 +225,7 @@ class Simulation:
             answer=random.choice(answers),
         )
         self._truth.submitted[task.model] += 1
-        self._tasks.append(task)
+        self.tasks.append(task)
         heapq.heappush(self._events, (task.charged, task.id, False, task))
         heapq.heappush(self._events, (task.finished, task.id, True, task))
 
@@ -252,7 +252,7 @@ class Simulation:
         """Return the account at a time."""
         with self._lock:
             reached = self.advance(now)
-            listed = Counter((task.model, task.status(reached)) for task in self._tasks)
+            listed = Counter((task.model, task.status(reached)) for task in self.tasks)
             return replace(self._truth.since(Truth()), listed=listed)
 
     def balance(self, now: float) -> float:
@@ -264,7 +264,7 @@ class Simulation:
     def listing(self, now: float) -> Iterator[bytes]:
         """Return the chunks of the JSON array at a time, newest task first, made as they are read."""
         with self._lock:
-            reached, tasks = self.advance(now), list(self._tasks)
+            reached, tasks = self.advance(now), list(self.tasks)
         return joined(task.record(reached) for task in reversed(tasks))
 
 
@@ -289,7 +289,7 @@ class _Handler(BaseHTTPRequestHandler):
         simulation = api.workspaces.get((self.headers.get("X-API-ID", ""), self.headers.get("X-API-KEY", "")))
         status = 401 if simulation is None else 200 if path in (LIST_PATH, BALANCE_PATH) else 404
         status, extra = (api.fault and api.fault(path)) or (status, {})
-        api.requests[path, status] += 1
+        api.requests.append((path, status))
         body = iter([b'{"detail":"Refused by the simulated API"}'])
         if simulation is not None and status == 200:
             now = api.clock()
@@ -331,7 +331,7 @@ class _Server(ThreadingHTTPServer):
 class SimulatedApi:
     """Serve workspaces, keyed by (API id, API key), over HTTP on `url` while entered.
 
-    `fault`, when set, may answer a path with a status and headers instead; `requests` counts (path, status).
+    `fault`, when set, may answer a path with a status and headers instead; `requests` has the newest (path, status).
     """
 
     workspaces: Mapping[tuple[str, str], Simulation]
@@ -341,7 +341,7 @@ class SimulatedApi:
     fault: Callable[[str], tuple[int, dict[str, str]] | None] | None = None
 
     def __post_init__(self) -> None:
-        self.requests: Counter[tuple[str, int]] = Counter()
+        self.requests: deque[tuple[str, int]] = deque(maxlen=10_000)
         self.connections: set[socket] = set()
         self._server = _Server((self.host, self.port), _Handler)
         self._server.api = self
