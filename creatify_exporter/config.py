@@ -6,7 +6,6 @@ it may be a secret, or come from the environment.
 """
 
 import difflib
-import ipaddress
 import re
 import ssl
 from collections.abc import Callable, Iterable, Mapping
@@ -35,9 +34,11 @@ _Model = TypeVar("_Model", bound="Section")
 
 _VARIABLE = re.compile(r"\$(?:\$|\{([A-Za-z_][A-Za-z0-9_]*)\})")
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")
-_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
-_HEADER_VALUE = re.compile(r"[!-~](?:[ -~]*[!-~])?")
-_URL_TEXT = re.compile(r"[!$-;=@-\[\]_a-z~]+")  # printable ASCII without quotes, brackets, ? and #
+_WORKSPACE_NAME = re.compile("(?=.*\\S)[^\x00-\x1f\x7f-\x9f\u2028\u2029]{1,128}")
+_HEADER_VALUE = re.compile("[!-~](?:[ -~]*[!-~])?")
+_URL_TEXT = re.compile(r"[!$-;=A-\[\]_a-z~]+")  # printable ASCII, but none of "#<>?@\^`{|}
+_LOOPBACK = re.compile(r"localhost|127(?:\.[0-9]{1,3}){3}|::1")
+_USER = re.compile("[^:\x00-\x1f\x7f-\x9f]+")
 _BCRYPT = re.compile(r"\$2[aby]\$(?:0[4-9]|1[0-6])\$[./A-Za-z0-9]{53}")
 _SHOWN_KEY = re.compile(r"\w[\w.@+-]{0,29}")
 _PARSER_TOKEN = re.compile(r"'(?:\\t|<[a-z ]+>|[^\w\s])'")
@@ -132,37 +133,22 @@ def _certificates(path: Path | None) -> Path | None:
     return path
 
 
-def _is_header_value(secret: SecretStr) -> bool:
-    return bool(_HEADER_VALUE.fullmatch(secret.get_secret_value()))
-
-
-def _is_user(name: str) -> bool:
-    return bool(name) and ":" not in name and not _CONTROL.search(name)
-
-
-def _is_workspace_name(name: str) -> bool:
-    return bool(name.strip()) and len(name) <= 128 and not _CONTROL.search(name)
-
-
 def _is_base_url(url: str) -> bool:
     try:
         parts = urlsplit(url)
-        usable = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
+        return (
+            parts.scheme in {"http", "https"}
+            and bool(parts.hostname)
+            and parts.port != 0
+            and bool(_URL_TEXT.fullmatch(url))
+        )
     except ValueError:
         return False
-    return usable and "@" not in parts.netloc and bool(_URL_TEXT.fullmatch(url))
 
 
-def _is_loopback(host: str) -> bool:
+def _is_ledger_url(text: str) -> bool:
     try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def _is_ledger_url(secret: SecretStr) -> bool:
-    try:
-        url = make_url(secret.get_secret_value())
+        url = make_url(text)
     except (ArgumentError, ValueError):
         return False
     if url.drivername == "sqlite":
@@ -170,9 +156,9 @@ def _is_ledger_url(secret: SecretStr) -> bool:
     return url.drivername == "postgresql" and bool(url.database)
 
 
-def _must(demand: str, check: Callable[[Any], object]) -> AfterValidator:
+def _must(demand: str, check: Callable[[str], object]) -> AfterValidator:
     def validate(value: Any) -> Any:
-        if not check(value):
+        if not check(value.get_secret_value() if isinstance(value, SecretStr) else value):
             raise ValueError(f"must {demand}")
         return value
 
@@ -183,11 +169,11 @@ Duration = Annotated[float, BeforeValidator(lambda v: v if isinstance(v, float) 
 Size = Annotated[int, BeforeValidator(lambda v: parse_size(str(v)))]
 File = Annotated[Path, BeforeValidator(_file)]
 Certificates = Annotated[Path | None, BeforeValidator(_file), AfterValidator(_certificates)]
-Credential = Annotated[SecretStr, _must("be printable ASCII without spaces at its ends", _is_header_value)]
-WorkspaceName = Annotated[str, _must("be 1 to 128 characters, none a control character", _is_workspace_name)]
+Credential = Annotated[SecretStr, _must("be printable ASCII without spaces at its ends", _HEADER_VALUE.fullmatch)]
+WorkspaceName = Annotated[str, _must("be 1 to 128 characters, none a control character", _WORKSPACE_NAME.fullmatch)]
 BaseUrl = Annotated[str, _must("be an http(s) URL without user, query and fragment", _is_base_url)]
 LedgerUrl = Annotated[SecretStr, _must("be sqlite:///FILE or postgresql://USER:PASSWORD@HOST/DB", _is_ledger_url)]
-User = Annotated[str, _must("belong to a name without colon and control characters", _is_user)]
+User = Annotated[str, _must("belong to a name without colon and control characters", _USER.fullmatch)]
 PasswordHash = Annotated[str, _must("be a bcrypt hash with a cost of 4 to 16", _BCRYPT.fullmatch)]
 
 
@@ -238,7 +224,7 @@ class Api(Section):
     @classmethod
     def _keeps_credentials_secret(cls, allow_http: bool, info: ValidationInfo) -> bool:
         url = urlsplit(info.data.get("base_url", ""))
-        if url.scheme == "http" and not allow_http and not _is_loopback(url.hostname or ""):
+        if url.scheme == "http" and not allow_http and not _LOOPBACK.fullmatch(url.hostname or ""):
             raise _SiblingError("base_url", "must be https://, unless api.allow_http is true")
         return allow_http
 
@@ -355,8 +341,9 @@ class Tls(Section):
     @field_validator("client_auth_type")
     @classmethod
     def _has_an_authority(cls, client_auth_type: str, info: ValidationInfo) -> str:
-        if info.data.get("client_ca_file", client_auth_type) and client_auth_type == "NoClientCert":
-            raise _SiblingError("client_ca_file", "must come with client_auth_type: RequireAndVerifyClientCert")
+        wanted = client_auth_type == "RequireAndVerifyClientCert"
+        if "client_ca_file" in info.data and wanted != bool(info.data["client_ca_file"]):
+            raise _SiblingError("client_ca_file", "must go with client_auth_type: RequireAndVerifyClientCert")
         return client_auth_type
 
 
@@ -364,11 +351,11 @@ class WebConfig(Section):
     """How the exporter's own server is protected, in the format of the Prometheus exporter toolkit."""
 
     model_config = ConfigDict(validate_by_name=True)
-    tls: Annotated[Tls | None, BeforeValidator(lambda v: v or None)] = Field(None, validation_alias="tls_server_config")
-    """HTTPS instead of HTTP, with these certificates."""
-    users: Annotated[dict[User, PasswordHash], BeforeValidator(lambda v: v or {})] = Field(
-        {}, validation_alias="basic_auth_users"
+    tls: Annotated[Tls | None, BeforeValidator(lambda v: None if v == {} else v)] = Field(
+        None, validation_alias="tls_server_config"
     )
+    """HTTPS instead of HTTP, with these certificates."""
+    users: dict[User, PasswordHash] = Field({}, validation_alias="basic_auth_users")
     """Users that may read, with the bcrypt hashes of their passwords; without any, everybody may."""
 
 
@@ -387,8 +374,7 @@ class _Document:
         try:
             text = _read_text(path)
         except ValueError as error:
-            self.errors[()] = str(error)
-            return
+            raise ConfigError([(self.name, str(error))]) from None
         try:
             if node := yaml.compose(text, Loader=yaml.SafeLoader):
                 self.tree = self._plain(node, (), set())
@@ -406,30 +392,32 @@ class _Document:
     def _plain(self, node: yaml.Node, at: Location, seen: set[int]) -> object:
         self.order[at] = len(self.order)
         if id(node) in seen:
-            return self.errors.setdefault(at, "aliases are not supported (put text that begins with * in quotes)")
+            return self._fail(at, "aliases are not supported (put text that begins with * in quotes)")
         seen.add(id(node))
         if node.tag.removeprefix("tag:yaml.org,2002:") not in _YAML_TYPES:
-            return self.errors.setdefault(at, "tags are not supported (put text that begins with ! in quotes)")
+            return self._fail(at, "tags are not supported (put text that begins with ! in quotes)")
         if isinstance(node, yaml.ScalarNode):
             return None if node.tag.endswith(":null") else self._text(node.value, at)
         if isinstance(node, yaml.SequenceNode):
             return [self._plain(item, (*at, index), seen) for index, item in enumerate(node.value)]
         mapping: dict[str, object] = {}
         for key, value in node.value:
-            name = key.value if isinstance(key, yaml.ScalarNode) else ""
+            name = _NO_TEXT.sub("?", key.value) if isinstance(key, yaml.ScalarNode) else "?"
             if name in mapping:
-                self.errors.setdefault((*at, name), "is given twice")
+                self._fail((*at, name), "is given twice")
             mapping[name] = self._plain(value, (*at, name), seen)
         return mapping
 
-    def _text(self, written: str, at: Location) -> str:
-        environ = self.environ
-        if environ is None:
-            return written
-        if missing := [name for name in _VARIABLE.findall(written) if name and name not in environ]:
-            return self.errors.setdefault(at, f"the environment variable {missing[0]} is not set")
-        text = _VARIABLE.sub(lambda match: environ[match[1]] if match[1] else "$", written)
-        return self.errors.setdefault(at, "must not hold NUL or surrogates") if _NO_TEXT.search(text) else text
+    def _text(self, text: str, at: Location) -> str:
+        if (environ := self.environ) is not None:
+            if missing := [name for name in _VARIABLE.findall(text) if name and name not in environ]:
+                return self._fail(at, f"the environment variable {missing[0]} is not set")
+            text = _VARIABLE.sub(lambda match: environ[match[1]] if match[1] else "$", text)
+        return self._fail(at, "must not hold NUL or surrogates") if _NO_TEXT.search(text) else text
+
+    def _fail(self, at: Location, message: str) -> str:
+        self.errors.setdefault(at, message)
+        return ""
 
     def validate(self, model: type[_Model]) -> _Model:
         """Return the tree as a `model`; raise ConfigError with every error, in the order of the document."""
@@ -442,7 +430,7 @@ class _Document:
             except ValidationError as error:
                 for detail in error.errors(include_url=False, include_input=False):
                     at, message = _explain(model, detail["type"], detail["loc"], detail.get("ctx", {}))
-                    self.errors.setdefault(self.twins.get(at, at), message)
+                    self._fail(self.twins.get(at, at), message)
         if valid is None or self.errors:
             errors = sorted(self.errors.items(), key=lambda error: self._position(error[0]))
             raise ConfigError((_dotted(at) or self.name, message) for at, message in errors)
@@ -452,20 +440,21 @@ class _Document:
         return self.order[at] if at in self.order else self._position(at[:-1])
 
     def _resolve(self, model: type[Section], tree: object, at: Location) -> None:
-        """Put the secrets that `_file` twins name into the tree, and drop sections that are left empty."""
+        """Put the secrets that `_file` twins name into the tree; a key without a value is as good as none."""
         if not isinstance(tree, dict):
             return
         for name, field in model.model_fields.items():
-            value, section = tree.get(name), _section(field)
+            key, section = str(field.validation_alias or name), _section(field)
+            value = tree.get(key)
             if field.annotation is SecretStr:
-                self._read_secret(tree, name, at)
-            elif value is None and section and not field.is_required():
-                tree.pop(name, None)
+                self._read_secret(tree, key, at)
+            elif value is None and not field.is_required():
+                tree.pop(key, None)
             elif section and isinstance(value, list):
                 for index, item in enumerate(value):
-                    self._resolve(section, item, (*at, name, index))
+                    self._resolve(section, item, (*at, key, index))
             elif section:
-                self._resolve(section, value, (*at, name))
+                self._resolve(section, value, (*at, key))
 
     def _read_secret(self, tree: dict[str, object], name: str, at: Location) -> None:
         path, twin = tree.pop(f"{name}_file", None), (*at, f"{name}_file")
@@ -475,14 +464,14 @@ class _Document:
             return
         self.twins[*at, name] = twin
         if name in tree:
-            self.errors[twin] = "is given besides the secret itself: only one of them may be"
+            self._fail(twin, "is given besides the secret itself: only one of them may be")
         elif isinstance(path, str) and path:
             try:
                 tree[name] = _read_text(self.directory / path).rstrip("\r\n")
             except ValueError as error:
-                self.errors.setdefault(twin, str(error))
+                self._fail(twin, str(error))
         else:
-            self.errors[twin] = "must be the path of a file"
+            self._fail(twin, "must be the path of a file")
 
 
 def _section(field: FieldInfo | None) -> type[Section] | None:
@@ -511,8 +500,8 @@ def _explain(model: type[Section], kind: str, at: Location, context: Mapping[str
     if kind != "extra_forbidden":
         return tuple(part for part in at if part != "[key]"), _MESSAGES[kind.partition("_")[0]].format(**context)
     key, known = str(at[-1]), keys(model)
-    for section in [_section(known.get(str(part))) for part in at[:-1]]:
-        known = keys(section) if section else known
+    for part in at[:-1]:
+        known = keys(section) if (section := _section(known.get(str(part)))) else known
     if model is WebConfig:
         return at, "is not supported by this exporter"
     similar = difflib.get_close_matches(key, known, 1)
