@@ -10,6 +10,7 @@ import psycopg
 import pytest
 
 from tests.support import packages
+from tests.support.exporter import Exporter
 from tests.support.packages import require
 from tests.support.postgres import Postgres
 from tests.support.processes import eventually
@@ -112,3 +113,17 @@ def test_a_missing_program_skips_locally_and_fails_in_ci(monkeypatch: pytest.Mon
     monkeypatch.setenv("CI", "true")
     with pytest.raises(pytest.fail.Exception, match="no-such-package cannot be installed"):
         require("no-such-program")
+
+
+def test_the_exporter_runs_answers_and_stops(tmp_path: Path) -> None:
+    with Exporter(tmp_path, "--demo") as exporter:
+        scrape = exporter.scrape()
+        assert scrape.value("creatify_up") == 1
+        assert ("gemini-2.5-pro", "done") in scrape.values("creatify_text_generator_tasks", "model", "status")
+        assert exporter.scrape(openmetrics=True).families["creatify_up"].type == "gauge"
+        assert exporter.memory() > 10_000_000
+        assert exporter.threads() >= 1
+        assert exporter.open_files() > 3
+        assert exporter.cpu_seconds() > 0
+        assert exporter.stop() == 0
+    assert "Traceback" not in exporter.log()
