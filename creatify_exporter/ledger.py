@@ -10,6 +10,7 @@ cannot know what it once said.
 Times are microseconds since the epoch, credits billionths, durations microseconds.
 """
 
+import os
 import re
 import struct
 import threading
@@ -94,6 +95,10 @@ class LedgerError(Exception):
 
 class LedgerUnusableError(LedgerError):
     """The ledger can never work as it is: a corrupt file, another schema, no permission, a wrong password."""
+
+
+class LedgerMissingError(LedgerUnusableError):
+    """There is no ledger, and none may be made."""
 
 
 class Key(NamedTuple):
@@ -306,6 +311,12 @@ class Ledger:
     @contextmanager
     def transaction(self) -> Iterator[Connection]:
         """Run one transaction; raise LedgerError, with the URL but no password, when the database fails."""
+        if (
+            self._read_only
+            and self._url.get_backend_name() == "sqlite"
+            and not os.path.exists(self._url.database or "")
+        ):
+            raise LedgerMissingError(f"ledger {self._url}: there is no ledger")
         try:
             if not self._opened:
                 self._open()
@@ -360,7 +371,7 @@ class Ledger:
             elif found and (connection.dialect.name == "sqlite" or found & _metadata.tables.keys()):
                 raise LedgerUnusableError(f"ledger {name}: the database holds tables that are not a ledger's")
             elif self._read_only:
-                raise LedgerUnusableError(f"ledger {name}: there is no ledger")
+                raise LedgerMissingError(f"ledger {name}: there is no ledger")
             else:
                 _metadata.create_all(connection)
                 connection.execute(sa.insert(_version).values(version=SCHEMA_VERSION))
@@ -429,6 +440,12 @@ class Book:
                 del self._answered[key]
             if draft:
                 draft.committed(left, states)
+
+    def read(self) -> None:
+        """Bring `totals` up to date without writing anything. Raises LedgerError."""
+        with self._lock, self._ledger.transaction() as tx:
+            row = tx.execute(sa.select(_workspaces).where(_workspaces.c.name == self._name)).first()
+            self.totals = self._view(tx, row) if row else None
 
     def due(self, policy: Policy, now: int) -> bool:
         """Return whether a commit would reveal a series, listing or not."""

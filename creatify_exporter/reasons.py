@@ -56,239 +56,138 @@ _TOKEN: Final = re.compile(r"[^\s()\[\]{}<>,;\"'|]+")
 _NUMBER: Final = re.compile(r"(?<![A-Za-z])\d+(?:[.:,]\d+)*(?![A-Za-z\d])")
 _ID: Final = re.compile(r"[A-Za-z0-9]*\d[A-Za-z0-9]*")
 
-# One alternative per line; the first rule that matches wins. A space stands for any run of blanks, `_` and `-`, or none
-# (so that RESOURCE_EXHAUSTED, ResourceExhausted and "resource exhausted" are one), `…` for a short gap, and `<429>`
-# for that number where a status stands. All but `(?-i:...)` ignores case.
+# Alternatives are divided by " | " or a line's end; the first rule that matches wins. In them a space stands for any run of blanks,
+# `_`, `-` and little words (so that RESOURCE_EXHAUSTED, ResourceExhausted and "the resource is exhausted" are one), `…` for up to
+# three words. All but `(?-i:...)` ignores case. A gap any wider would let the automaton's states multiply.
 _RULES: Final = (
-    (
-        "location_unsupported",
-        r"""(location|country|countries|region|territory)( is| are)? (not|un) (supported|available)
-            (not|un) (supported|available)… (in|for) (your|this|the|the user'?s) (current )?(country|region|location|area|territory)
-            un supported (country|region|location|territory)
-            not (supported|available) in (region|location)
-            geo(graphic(al)?)? (block|restrict)""",
-    ),
-    (
-        "provider_billing",
-        r"""billing… (disabled|inactive|suspended|closed|overdue|delinquent|not (been )?(enabled|active|set up|configured))
-            (enabl\w+|requires?|activate|set up) billing
-            billing (to be |must be |is )?(enabled|required)
-            billed users
-            billing (hard |quota |account )?(limit|cap)
-            check your billing
-            pre (paid|pay(ment)?)\b… (credit|balance|fund|account|deplet|exhaust|empty)
-            spend(ing)? (cap|limit)
-            (?-i:insufficient_quota)
-            (credit|account|prepaid) balance… (low|empty|deplet|exhaust|insufficient|negative|zero)
-            insufficient (account )?(balance|funds)
-            (out of|\bno|enough) (money|funds)\b
-            unpaid|past due|payment (method|failed|declined|overdue)|arrear
-            (provider|google|gemini|vertex|openai|anthropic)\b… (out of|no|insufficient|enough|any)( \w+)? (credits?|money|balance|funds)\b""",
-    ),
-    (
-        "insufficient_credits",
-        r"""(insufficient|enough|sufficient|out of|exceed\w*|exhausted|used up( all)?|any|need|more)( of)?( your| the| their)?( \w+)? credits?\b
-            \b(no|zero|0)( more| remaining| available| \w+)? credits?( left| remaining| available|\W|$)
-            credits?( \w+)?( are| is| have| has| been| was| were)* (exhausted|depleted|used up|ran out|run out|insufficient|exceeded|finished|too low)
-            credits?\W+(left|remaining)?\W*0\b
-            credit limit
-            payment required
-            <402>""",
-    ),
-    (
-        "permission_denied",
-        r"""api key… (not valid|invalid|expired|leaked|revoked|disabled|missing|required|not found|incorrect|not supported|restrict|suspended|deleted|not set|not provided)
-            (invalid|incorrect|missing|expired|wrong|\bno|\bbad|\bvalid)( x)? api key
-            (?-i:API_KEY_)
-            api keys are not supported
-            requests? (to|from)… (is|are) blocked
-            service disabled|has not been used in project
-            (consumer|project)… (suspended|denied access)
-            (does|do|did)( not|n'?t) have( \w+){0,2} permission""",
-    ),
-    (
-        "quota_exceeded",
-        r"""exhausted your (capacity|quota)
-            quota( has been| was| is)? (exceeded|exhausted|reached|limit|metric|failure|will reset)
-            (exceed\w*|exhaust\w*|out of|over|insufficient|reached|hit)( your| the| its| current| \w+){0,3} quota
-            tokens? per (min|day|hour|sec)|token rate|token quota""",
-    ),
-    (
-        "token_limit",
-        r"""token count… (exceed|only supports|too)
-            exceed\w*( the| your| its| this| model'?s?| maximum| max| allowed| limit| number| of| input| output| context| total| available| supported)* (tokens?\b|context)
-            context (length|window|size|limit)
-            (prompt|input|conversation|context|history|messages?)( is| are| was)?( far| much)? too (long|many tokens)
-            too many (input |output |prompt |total )?tokens
-            (?-i:MAX_TOKENS|MaxTokens|max_tokens (reached|exceeded))
-            finish reason\W{0,12}(max tokens|length)\b
-            token limit
-            limit of \d+( \w+)? tokens
-            (max(imum)?|allowed) (number of )?(input |output |prompt |context )?tokens? (allowed|reached|exceeded|limit|were)
-            (output|response|answer|completion|generation|text)\b… (truncated|cut off|cut short)""",
-    ),
-    (
-        "content_blocked",
-        r"""block(ed)? reason\W{1,12}(block(ed)? reason\W)?(safety|other|blocklist|prohibited|image|jailbreak|model armor|spii|recitation)
-            (?-i:PROHIBITED_CONTENT|RECITATION|BLOCKLIST|\bSPII\b|IMAGE_SAFETY|IMAGE_OTHER|FinishReasonSafety|FinishReasonRecitation|MODEL_ARMOR)
-            reason\W{0,12}(finish reason\W)?(safety|recitation|content filter)\b
-            \bblock(ed|ing|s)\b… (safety|policy|policies|recitation|content|prohibited|filter|moderation|harm)
-            \b(prompt|content|response|candidate|answer|output|request|message|image)s?( was| were| is| has been| got)*( being)? block
-            blocked (by|due to|because)
-            blocked\W{1,4}true
-            safety (filter|setting|system|polic|reason|check|guideline|violation|block|concern|rating|issue)
-            content (policy|filter|management|moderation|violat)
-            usage (polic|guideline)
-            violat\w+… (polic|guideline|terms|responsible)
-            (prohibited|inappropriate|harmful|unsafe|sensitive|offensive|disallowed|explicit|copyrighted|policy violating) (content|material|words|text|image)
-            responsible ai
-            (flagged|rejected) (as|for|by)… (moderation|safety|polic|content|harm|inappropriate)
-            recitation of|due to (recitation|copyright)""",
-    ),
-    (
-        "invalid_request",
-        r"""invalid json payload|json schema|function response (turn|part)|function call turn|thought signature
-            unable to submit request
-            parse\b… request""",
-    ),
-    (
-        "malformed_response",
-        r"""malformed (function|response|json|tool|output|answer|arguments|reply|completion)
-            (?-i:UNEXPECTED_TOOL_CALL|TOO_MANY_TOOL_CALLS|NO_IMAGE)
-            (\bno|\bempty|\bzero|0|without( an?y?)?)( \w+)? (candidates?|content|response|output|text|parts?|choices|answer|completion|reply)\b( \w+){0,3}( returned| generated| received| produced| found| available|\W|$)
-            return\w*( an?)? (empty|no|nothing|blank)\b
-            (response|answer|output|content|candidates?|completion|reply|result)( from \w+)?( text)?( is| was| were| are)? (empty|blank|missing)
-            none w(as|ere) returned|nothing usable|not return( any| a| valid| usable)
-            jsondecode|expecting value: line|unexpected (token|end of|character)… json|unterminated string
-            (invalid|parse|parsing|decode|decoding|unparse?able|not( a)? valid|broken)( \w+){0,4} (json|response|output|answer|completion)\b
-            (finish|stop) reason\W{0,12}(finish reason\W)?(other|unspecified|unexpected)
-            (ended|finished|stopped) without
-            (response|output|answer)( \w+)? (does|did|do)( not|n'?t) (match|conform|contain|follow)""",
-    ),
-    (
-        "model_not_found",
-        r"""models?\b\W{0,4}([\w./:@-]+\W{1,3})?(is |was |are |has been |does |do |could )?(not|no longer|n'?t) (been )?(found|be found|exist|available|supported|recogni|known|valid)
-            models?\b…( was| is)? not found
-            model… (does not exist|doesn'?t exist|deprecated|discontinued|retired|decommissioned|shut down|no longer available)
-            (unknown|no such|unrecogni[sz]ed|invalid|nonexistent|non existing|un supported) model\b( name| id)?
-            model not found|call listmodels|not found for api version|model (name|id) is (invalid|unknown)
-            requested entity was not found
-            not found… /models/
-            <404>… models/
-            no model (named|called|with)""",
-    ),
-    (
-        "overloaded",
-        r"""overloaded
-            (high|heavy|peak|increased|unusual\w*) (demand|load|traffic|volume|usage)
-            (\bno|\bat|over|insufficient|out of|lack of|enough|limited|full|available|max(imum)?|exceed\w*|current)( \w+)? capacity\b
-            capacity( \w+)? (exceeded|exhausted|constraint|limit|reached|unavailable|available|issue|shortage|full)
-            (server|system|service|model)s?( is| are)?( currently| too| temporarily)? busy
-            (currently|temporarily|momentarily) (un|not )available
-            currently experiencing""",
-    ),
-    (
-        "quota_exceeded",
-        r"""resource( has been| is|s| was)? exhausted
-            too many requests|rate limit|throttl
-            requests per (minute|min|day|second|hour)
-            (daily|hourly|monthly|weekly|usage|request|concurren\w+|tpm|rpm|rpd)( \w+)? limit\w*( \w+){0,2} (reached|exceeded|hit)
-            (reached|exceed\w*|hit)( \w+){0,3} (daily|hourly|monthly|weekly|usage|request|concurren\w+)( \w+)? limit
-            too many concurrent""",
-    ),
+    ("location_unsupported", r"""
+        (location|country|countries|region|territory) (not|un) (supported|available) | geo(graphic(al)?)? (block|restrict)
+        (not|un) (supported|available) (for use )?(in|for) (user'?s )?(current )?(country|region|location|area|territory)
+        un supported (country|region|location|territory)"""),
+    ("provider_billing", r"""
+        billing… (disabled|inactive|suspended|closed|overdue|delinquent|not (enabled|active|set up|configured|found))
+        (enabl(e|ing)|requires?|activate|set up) billing | billing (enabled|required|(hard |quota |account )?(limit|cap)\b)
+        billing account for… disabled | billed users | (check|update) billing | spend(ing)? (cap|limit) | (?-i:insufficient_quota)
+        pre (paid|pay(ment)?) (credit|balance|fund|account) | (credit|account|prepaid) balance (too )?(low|empty|deplet|exhaust|insufficient|negative|zero)
+        insufficient (account )?(balance|funds) | (out of|\bno|enough) (money|funds)\b | \bunpaid\b | past due | arrear
+        payment (method|failed|declined|overdue)
+        (provider|google|gemini|vertex|openai|anthropic)\b( account| project| key| api|'s|s')*( \w+)? (out of|no|insufficient|not enough|not any) (credits?|money|balance|funds)\b"""),
+    ("insufficient_credits", r"""
+        (insufficient|enough|sufficient|out of|exceed\w*|exhausted|used up( all)?|\bany|need|more)( \w+)? credits?\b
+        \b(no|zero|0)( more| remaining| available| \w+)? credits?( left| remaining| available|\W|$)
+        credits?( \w+)? (exhausted|depleted|used up|ran out|run out|insufficient|exceeded|finished|too low|not (enough|sufficient))
+        credits?\W+(left|remaining)?\W*0\b | credit limit | payment required"""),
+    ("permission_denied", r"""
+        api key (\(?\S+\)? )?(provided )?(not (valid|found|supported|provided|set|authori[sz]ed)|invalid|expired|(reported )?leaked|revoked|disabled|missing|required|incorrect|restrict|suspended|deleted)
+        (invalid|incorrect|missing|expired|wrong|\bno|\bbad|\bvalid)( x)? api key | (?-i:API_KEY_) | requests? (to|from)… (is|are) blocked
+        service disabled | not (been )?used in project | (consumer|project)… (suspended|denied access) | not have( any)?( \w+)? permission"""),
+    ("quota_exceeded", r"""
+        exhausted (your )?(capacity|quota) | quotas? (exceeded|exhausted|reached|limit|metric|failure|will reset)
+        (exceed\w*|exhaust\w*|out of|over|insufficient|reached|hit)( \w+)? quota | tokens? per (min|day|hour|sec) | token (rate|quota)"""),
+    ("token_limit", r"""
+        token count… (exceed\w*|(only )?supports?|too|greater|larger|over)
+        exceed\w*( max(imum)?| allowed| limit| number| input| output| total| available| supported| model'?s)* (tokens?\b|context)
+        context (length|window|size|limit) | too many (input |output |prompt |total )?tokens
+        (prompt|input|conversation|context|history|messages?) (far |much )?too long | (?-i:MAX_TOKENS|MaxTokens)
+        finish reason\W{0,12}(max tokens|length)\b | token limit | limit of \S+ (input |output )?tokens
+        (max(imum)?|allowed) (number of )?(input |output |prompt |context )?tokens? (allowed|reached|exceeded|limit)
+        (output|response|answer|completion|generation|text)( \w+)? (truncated|cut off|cut short)"""),
+    ("content_blocked", r"""
+        block(ed)? reason\W{1,12}(block(ed)? reason\W)?(safety|other|blocklist|prohibited|image|jailbreak|model armor|spii|recitation)
+        (?-i:PROHIBITED_CONTENT|RECITATION|BLOCKLIST|\bSPII\b|IMAGE_SAFETY|IMAGE_OTHER|FinishReasonSafety|FinishReasonRecitation|MODEL_ARMOR)
+        reason\W{0,12}(finish reason\W)?(safety|recitation|content filter)\b | blocked\W{1,4}true
+        \b(prompt|content|response|candidate|answer|output|request|message|image)s? block(ed|s\b) | block(ed|ing|s)? (by|due to|because|for)
+        safety (filter|setting|system|polic|reason|check|guideline|violation|block|concern|issue) | content (policy|filter|management|moderation|violat)
+        usage (polic|guideline) | violat\w+… (polic|guideline|terms|responsible) | responsible ai | due to (recitation|copyright)
+        (prohibited|inappropriate|harmful|unsafe|sensitive|offensive|disallowed|copyrighted) (content|material|words|text|image)
+        (flagged|rejected) (as|for|by)( \w+)? (moderation|safety|polic|content|harm|inappropriate)"""),
+    ("invalid_request", r"""
+        invalid json payload | json schema | function (response|call) (turn|part) | thought signature | unable to submit request | parse\b… request"""),
+    ("malformed_response", r"""
+        malformed (function|response|json|tool|output|answer|arguments|reply|completion) | (?-i:UNEXPECTED_TOOL_CALL|TOO_MANY_TOOL_CALLS|NO_IMAGE)
+        (\bno|\bempty|\bzero|without( any)?|return\w* 0)( \w+)? (candidates?|content|response|output|text|parts?|choices|answer|completion|reply)(…(returned|generated|received|produced|found|available)|\W|$)
+        return\w* (empty|no|nothing|blank|none)\b | (response|answer|output|content|candidates?|completion|reply|result)( from \w+| text)? (empty|blank|missing)
+        none (was|were)? returned | nothing usable | not return( any| valid| usable)? | jsondecode | expecting value: line | unterminated string
+        unexpected (token|end of|character)… json | (invalid|pars(e|ing)|decode|decoding|unparse?able|broken|not valid)( \w+)?( \w+)? (json|response|output|answer|completion)\b
+        (finish|stop) reason\W{0,12}(finish reason\W)?(other|unspecified|unexpected) | (ended|finished|stopped) without | (response|output|answer)( \w+)? not (match|conform|contain|follow)"""),
+    ("model_not_found", r"""
+        models?\b\W{0,4}([\w./:@-]+\W{1,3})?(could )?(not|no longer) (found|exist|available|supported|recogni|known) | models?/\S+ not found
+        model (\S+ )?(deprecated|discontinued|retired|decommissioned|shut down) | no model (named|called|with)
+        (unknown|no such|unrecogni[sz]ed|invalid|nonexistent|non existing|un supported) model\b | call listmodels
+        not found for api version | model (name|id)( \S+)? (invalid|unknown) | requested entity not found | not found\b… \S*/models/"""),
+    ("overloaded", r"""
+        overloaded | (high|heavy|peak|increased|unusual\w*) (demand|load|traffic|volume|usage) | currently experiencing
+        (\bno|\bat|over|insufficient|out of|lack of|enough|limited|full|max(imum)?|exceed\w*)( \w+)? capacity\b
+        capacity( \w+)? (exceeded|exhausted|constraint|limit|reached|unavailable|not available|issue|shortage)
+        (server|system|service|model)s? (too )?busy | (currently|temporarily|momentarily) (un|not )available"""),
+    ("quota_exceeded", r"""
+        resources? exhausted | too many (concurrent|requests) | rate limit | throttl | requests per (min|day|second|hour)
+        (daily|hourly|monthly|weekly|usage|request|concurren\w+|tpm|rpm|rpd)( \w+)? limits?( \w+)? (reached|exceeded|hit)
+        (reached|exceed\w*|hit)( \w+)? (daily|hourly|monthly|weekly|usage|request|concurren\w+)( \w+)? limit"""),
     ("timeout", r"deadline (exceeded|expired)"),
-    (
-        "permission_denied",
-        r"""permission… denied|permissiondenied|unauthenticated|unauthori[sz]ed|\bforbidden\b|access (is |was )?(denied|forbidden|not configured)
-            (authentication|authori[sz]ation)( \w+)? (failed|error|required|invalid|missing|was not|were not|denied)
-            (credential|token)s?( were| was| are| is| has| have)? (not (be )?(provided|found|valid)|invalid|expired|missing|revoked)
-            (invalid|missing|expired|wrong|bad|validate|resolve|refresh)( the| your)?( \w+)? (credential|token\b|grant|secret|signature|authentication)
-            (default|valid) credentials|reauth|not authori[sz]ed|not allowed to access|lacks? permission
-            (need|no|required|insufficient|missing|lacks?)( \w+)? (permission|scope)s?\b""",
-    ),
-    (
-        "invalid_request",
-        r"""(?-i:INVALID_ARGUMENT|InvalidArgument|FAILED_PRECONDITION|FailedPrecondition|OUT_OF_RANGE|OutOfRange|UNIMPLEMENTED|ALREADY_EXISTS)""",
-    ),
-    (
-        "timeout",
-        r"""tim(ed|ing|es) out|(?-i:Timeout(Error|Exception)?\b|ETIMEDOUT|ESOCKETTIMEDOUT|_TIMEOUT)
-            (gateway|request|read|connect(ion)?|write|pool|operation|upstream|response|server|idle|client) time out\b
-            time out (error|exceeded|occurred|expired|while|waiting|after|of|reached|limit)
-            (time|soft time|hard time) limit( was| has been| is)? (exceeded|reached|expired)|timelimitexceeded
-            (took|taking|taken) too long|(exceeded|out of)( the| its)?( \w+)? time\b|not (respond|answer|finish|complete)( \w+)? (in|within)( \w+)? time""",
-    ),
-    (
-        "network_error",
-        r"""connection( was| has been| is| got| unexpectedly)*( forcibly| to \S+)? (reset|refused|aborted|closed|error|failed|failure|lost|terminat|broken|dropped|interrupted|not established)
-            (fail\w*|unable|could not|cannot|can'?t|error)( to)? (re)? (connect|reach|resolve|establish)
-            (?-i:ECONN|ENOTFOUND|EAI_AGAIN|EPIPE|EHOSTUNREACH|ENETUNREACH|ENETDOWN|RST_STREAM|GOAWAY|ERR_NETWORK|EOF occurred|UND_ERR)
-            socket (hang up|closed|error|hangup)|broken pipe|getaddrinfo|(remote )?server disconnected|remotely closed|remote end closed
-            name (resolution|or service not known)|nodename nor|no (such host|route to host|connection established|address associated)|\bdns\b
-            (certificate|tls|ssl)… (verif|fail|error|expired|handshake|invalid|alert|unknown)|handshake (fail|error|timeout)
-            (network|host|endpoint|origin)( \w+)? (is |was )?(un reachable|error|failure|changed|down|problem|issue|connection lost)
-            remoteprotocolerror|incomplete (chunked )?read|incompleteread|chunkedencoding|peer closed|disconnect/reset|unexpected eof|max retries exceeded
-            fetch failed|failed to fetch|connecterror|(api)? connectionerror|readerror|writeerror|proxy error|tunnel connection|stream (removed|reset|closed|was reset)""",
-    ),
-    (
-        "overloaded",
-        r"""(?-i:\bUNAVAILABLE\b)
-            service( is)?( temporarily| currently)? un available
-            (server|api|model|backend|provider|upstream|engine)( \S+)?( is| are| was)? (temporarily |currently )?(un available|not available at the moment|down for maintenance)
-            under maintenance
-            <503|529>""",
-    ),
-    (
-        "invalid_request",
-        r"""(invalid|bad|malformed|wrong|un supported|illegal|unexpected)( \w+)? (request|argument|parameter|value|field|input|param|image|url|uri|mime|media|file|format|schema|role|base64|message|body|payload|enum|audio|video|content type|type|property|name|encoding)
-            un processable|(field|parameter|argument|property|value|key)s?( \w+)? (is|are|was|were)? (required|missing|invalid|not specified|not set|not allowed)
-            (missing|unknown|unrecogni[sz]ed|required|duplicate)( \w+)? (field|parameter|argument|name|property|param|key)\b
-            cannot find field|is not specified|validation error|validation failed|failed validation|required oneof
-            must be (an?|one of|in|between|less|greater|at (least|most)|non|set|specified|provided|positive|unique|string|array|object|followed|within|of type|valid|present|smaller|larger|equal|\d)\b
-            must (not be|contain|have at|alternate|include|specify|start with|end with)|(should|can|may) not be (empty|blank|null|negative)
-            (payload|request|body|file|image|video|audio|entity|attachment|upload)( \w+){0,3} (too (large|big|long)|exceed\w*)
-            (does|do)( not|n'?t) support|(is|are|was) not supported|not supported (for|by|with|in)|not a valid
-            unable to (process|decode|read|load)( \w+)? (input|image|file|video|audio|media)|cannot (identify|fetch|process|decode|read)( \w+)? (image|content|file|url|video|audio|input)
-            (file|cached content|cachedcontent|image|video|url|document|corpus|tuned)( \S+)?( is| was| does)? not (found|exist|in an active)
-            not found|precondition|method not allowed|not acceptable|length required|precondition""",
-    ),
-    (
-        "internal_error",
-        r"""internal( server| service| system| api)? (error|failure|exception|problem|fault)
-            bad gateway|server error|servererror|backend error|server had an error|not implemented
-            (?-i:StatusCode\.INTERNAL|DATA_LOSS|DataLoss|INTERNAL_ERROR)
-            (status\W{1,6}|5\d\d\W{1,4}|^\W*|code\W{1,6}|grpc\W{1,3}|13 )(?-i:INTERNAL\b)
-            (provider|upstream)( \w+)? (error|failure|failed)|error (from|in|at)( the)?( model)? (provider|upstream|backend|server)\b""",
-    ),
-    ("quota_exceeded", "<429>"),
-    ("permission_denied", "<401|403|407>"),
-    ("timeout", r"<408|504|522|524|598|599>|\btime out\b"),
-    ("network_error", "<521|523|525|526|530>"),
-    ("internal_error", "<500|501|502|507|520>"),
-    ("invalid_request", "<400|404|405|406|409|410|411|412|413|414|415|416|417|422|431>"),
+    ("permission_denied", r"""
+        permission( \S+)? denied | unauthenticated | unauthori[sz]ed | \bforbidden\b | access (denied|forbidden|not configured)
+        (authentication|authori[sz]ation)( \w+)? (failed|error|required|invalid|missing|not|denied) | reauth | not authori[sz]ed | not allowed to access
+        (credential|token)s? (not (provided|found|valid)|invalid|expired|missing|revoked) | (default|valid) credentials
+        (invalid|missing|expired|wrong|bad|validate|resolve|refresh)( \w+)? (credential|token\b|grant|secret|signature|authentication)
+        (need|no|required|insufficient|missing|lacks?)( \w+)? (permission|scope)s?\b"""),
+    ("invalid_request", r"(?-i:INVALID_ARGUMENT|InvalidArgument|FAILED_PRECONDITION|FailedPrecondition|OUT_OF_RANGE|OutOfRange|UNIMPLEMENTED|ALREADY_EXISTS)"),
+    ("timeout", r"""
+        tim(ed|ing|es) out | (?-i:Timeout(Error|Exception)?\b|ETIMEDOUT|ESOCKETTIMEDOUT|_TIMEOUT) | time limit (exceeded|reached|expired)
+        (gateway|request|read|connect(ion)?|write|pool|operation|upstream|response|server|idle|client) time out\b
+        time out (error|exceeded|occurred|expired|while|waiting|after|reached|limit) | (took|taking|taken) too long
+        (exceeded|out of)( \w+)? time\b | not (respond|answer|finish|complete)( \w+)? (in|within)( \w+)? time"""),
+    ("network_error", r"""
+        connection( got| unexpectedly| forcibly| to \S+)? (reset|refused|aborted|closed|error|failed|failure|lost|terminat|broken|dropped|interrupted|not established)
+        (fail\w*|unable|not|error)( to)? (re)? (connect|reach|resolve|establish) | socket (hang up|closed|error) | broken pipe | getaddrinfo
+        (?-i:ECONN|ENOTFOUND|EAI_AGAIN|EPIPE|EHOSTUNREACH|ENETUNREACH|RST_STREAM|GOAWAY|ERR_NETWORK|UND_ERR) | eof occurred | server disconnected
+        remote (end )?closed | remotely closed | name (resolution|or service not known) | nodename nor | \bdns\b
+        no (such host|route to host|connection established|address associated) | handshake (fail|error)
+        (certificate|tls|ssl)… (verif|fail|error|expired|handshake|invalid|alert) | un expected eof | max retries exceeded
+        (network|host|endpoint|origin) (unreachable|error|failure|changed|down|problem|issue|connection lost) | remote protocol error
+        incomplete (chunked )?read | chunkedencoding | peer closed | disconnect/reset | fetch failed | failed to fetch | (connect|connection|read|write)error
+        proxy error | tunnel connection | stream (removed|reset|closed)"""),
+    ("overloaded", r"""
+        (?-i:\bUNAVAILABLE\b) | service (temporarily |currently )?un available | under maintenance
+        (server|api|model|backend|provider|upstream|engine)( \S+)? (un available|not available at the moment|down for maintenance)"""),
+    ("invalid_request", r"""
+        (invalid|bad|malformed|wrong|un supported|illegal|unexpected)( \w+)? (request|argument|param|value|field|input|image|ur[li]|mime|media|file|format|schema|role|base64|message|body|payload|enum|audio|video|content type|type|property|name|encoding)
+        un processable | (field|param(eter)?|argument|property|value|key)s?( \w+)? (required|missing|invalid|not (specified|set|allowed))
+        (missing|unknown|unrecogni[sz]ed|required|duplicate)( \w+)? (field|param(eter)?|argument|name|property|key)\b | required oneof
+        cannot find field | not specified | validation (error|failed) | failed validation | precondition | not (acceptable|a valid) | method not allowed
+        must be (one of|in|between|less|greater|at (least|most)|non|set|specified|provided|positive|unique|string|array|object|followed|within|of type|valid|present|smaller|larger|equal)\b
+        must (not be|contain|have at|alternate|include|specify|start with|end with) | (should|can|may) not be (empty|blank|null|negative) | length required
+        (payload|request|body|file|image|video|audio|entity|attachment|upload)( \w+)? (size )?(too (large|big|long)|exceed\w*) | not support(ed)?\b
+        (unable to|can not|could not|failed to) (identify|fetch|process|decode|read|load|download)( \w+)? (input|image|file|video|audio|media|content|url) | not found
+        (file|image|video|url|document)( \S+)? not (found|exist|in active)"""),
+    ("internal_error", r"""
+        internal( server| service| system| api)? (error|failure|exception|problem|fault) | bad gateway | server error | backend error | server had error
+        not implemented | (?-i:StatusCode\.INTERNAL|DATA_LOSS|DataLoss|INTERNAL_ERROR) | (status\W{1,6}|5..\W{1,4}|^\W*|code\W{1,6}|grpc\W{1,3}|13 )(?-i:INTERNAL\b)
+        (provider|upstream)( \w+)? (error|failure|failed) | error (from|in|at)( model)? (provider|upstream|backend|server)\b"""),
 )
-
-
-def _status(number: str) -> str:
-    """Return a pattern that finds `number` where a status stands, not as a count or a name of something."""
-    return (
-        rf"(^\W{{0,3}}({number})\W*($|[^\w\s%]|\s?[{{\[(<-]|\s(client|server)\serror|\s(?-i:[A-Z_]{{4}}))"
-        rf"|\b(http|status|code|errno|error)(\s?/\d(\.\d)?|[\s_-]?(error|status|code|response|with|is|was))*"
-        rf"[\s\"'`:=#(\[-]{{0,6}}({number})\b"
-        rf"|\b(status|code)\sof\s({number})\b"
-        rf"|\b(returned|got|received|with|responded|response|failed|answered)(\s(an?|with|status|code|http))*"
-        rf"\W{{1,3}}({number})\s*($|[^\w\s%]|error|response|status|from)"
-        rf"|>\s?({number})[<\s,:]|\b({number})[\s_-](error|response|status|client\serror|server\serror)\b)"
-    )
+_STATUSES: Final = {
+    "quota_exceeded": (429,), "insufficient_credits": (402,), "permission_denied": (401, 403, 407),
+    "overloaded": (503, 529),
+    "timeout": (408, 504, 522, 524, 598, 599), "network_error": (521, 523, 525, 526, 530), "internal_error": (500, 501, 502, 507, 520),
+    "invalid_request": (400, 404, 405, 406, 409, 410, 411, 412, 413, 414, 415, 416, 417, 422, 431),
+}  # fmt: skip
+_LITTLE: Final = "is|are|was|were|be|been|has|have|had|the|an?|your|you|its|this|that|their|our|does|do|did|s"
+_SPACE: Final = rf"([\s_-]+({_LITTLE})\b)*[\s_-]*"
+# A number at the beginning, alone or before a status name; after a word for status; before "error"; in a heading.
+_STATUS: Final = r"""(?i)
+    ^\W{0,3}N\W*($|[^\w\s%]|\s?[{\[(<-]|\s(client|server)\serror|\s(?-i:[A-Z_]{4})) |
+    \b(http|status|code|errno|error)(\s?/\d(\.\d)?|[\s_-]?(error|status|code|response|with|is|was))*[\s\"'`:=#(\[-]{0,6}N\b |
+    \b(status|code)\sof\sN\b | >\s?N[<\s,:] | \bN[\s_-](error|response|status|(client|server)\serror)\b |
+    \b(returned|got|received|with|responded|response|failed|answered)(\s(an?|with|status|code|http))*
+    \W{1,3}N\s*($|[^\w\s%]|error|response|status|from)""".replace("N", r"[45]\d\d")
 
 
 def _pattern(lines: str) -> str:
     """Return the RE2 pattern that `lines`, in the notation of the rules, stand for."""
-    pattern = re.sub(r"\n\s*", "|", lines)
-    pattern = (
-        re.sub(r" (?=\\[wdS])", r"[\\s_-]+", pattern).replace(" ", r"[\s_-]*").replace("…", r"(\.[^\s\\]|[^.{}<>;])*")
-    )
-    return "(?i)" + re.sub(r"<([\d|]+)>", lambda match: _status(match[1]), pattern)
+    pattern = "|".join(line.strip() for line in lines.strip().split("\n")).replace(" | ", "|")
+    pattern = re.sub("… ?", lambda _: r"(\W{1,3}\S+){0,3}\W{1,3}", pattern)
+    pattern = re.sub(r" (?=\\[wS])", lambda _: _SPACE + r"[\s_-]+", pattern)
+    return "(?i)" + pattern.replace(" ", _SPACE)
 
 
 def _options(encoding: object) -> re2.Options:
@@ -310,6 +209,7 @@ def _compile() -> re2.Set:
 
 
 _BUILT_IN_RULES: Final = _compile()
+_STATUS_PLACES: Final = re2.compile(re.sub(r"\s*\n\s*|(?<=\|) | (?=\|)", "", _STATUS).encode(), _options(re2.Options.Encoding.LATIN1))
 _CONTROLS: Final = bytes(32 if byte < 32 or byte == 127 else byte for byte in range(256))
 
 
@@ -365,8 +265,11 @@ class Classifier:
             if pattern.search(sanitised):
                 return reason
         # JSON inside a JSON string: its line breaks and quotes come escaped, once per level.
-        matches = _BUILT_IN_RULES.Match(sanitised.replace(b"\\n", b" ").replace(b"\\", b""))
-        return _RULES[min(matches)][0] if matches else OTHER
+        plain = sanitised.replace(b"\\n", b" ").replace(b"\\", b"").replace(b"n't", b" not").replace(b"annot", b"an not")
+        if matches := _BUILT_IN_RULES.Match(plain):
+            return _RULES[min(matches)][0]
+        statuses = {int(re.findall(rb"\d{3}", match.group())[-1]) for match in _STATUS_PLACES.finditer(plain)}
+        return next((reason for reason, known in _STATUSES.items() if not statuses.isdisjoint(known)), OTHER)
 
 
 def mask(text: str) -> str:

@@ -1,0 +1,249 @@
+"""Prometheus exporter for Creatify's text generator: flags, wiring and signals."""
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import os
+import platform
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from creatify_exporter import __version__, revision
+from creatify_exporter.config import (
+    Config,
+    ConfigError,
+    NoConfigurationError,
+    WebConfig,
+    load,
+    load_web,
+    parse_duration,
+)
+from creatify_exporter.ledger import Ledger, LedgerError, LedgerMissingError, LedgerUnusableError
+from creatify_exporter.refresh import Exporter, WorkspaceState, reasons_report
+from creatify_exporter.server import WebServer, parse_listen_address
+from creatify_exporter.simulator import CREDENTIALS, SimulatedApi, demo
+from creatify_exporter.web import application
+from creatify_exporter.webauth import Authentication
+
+_LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warn": logging.WARNING, "error": logging.ERROR}
+_GRACE = 3.0  # seconds that answers under way get at the end
+
+_log = structlog.get_logger("exporter")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the exporter; return its exit code: 0, 1 when something is wrong, 2 for wrong usage."""
+    parser = _parser()
+    flags = parser.parse_args(arguments)
+    _set_up_logging(flags.log_level, flags.log_format)
+    with contextlib.ExitStack() as stack:
+        simulated = stack.enter_context(demo()) if flags.demo else None
+        try:
+            load_config = _config_loader(flags, simulated)
+            config, web_config = load_config(), _web_config(flags)
+        except NoConfigurationError as error:
+            parser.error(f"{error}\nuse --config.file, CREATIFY_API_ID and CREATIFY_API_KEY, or --demo")
+        except ConfigError as error:
+            print(error, file=sys.stderr)
+            return 1
+        if flags.config_check:
+            print("the configuration is valid")
+            return 0
+        if flags.reasons:
+            report, complete = reasons_report(config)
+            print(report, end="")
+            return 0 if complete else 1
+        url = "sqlite://" if flags.demo else config.ledger.url.get_secret_value()
+        ledger = Ledger(url, read_only=flags.once and not flags.demo)
+        stack.callback(ledger.close)
+        try:
+            ledger.open()
+        except LedgerMissingError:
+            _log.debug("there is no ledger; its counters are left out")
+        except LedgerUnusableError as error:
+            print(error, file=sys.stderr)
+            return 1
+        except LedgerError as error:
+            _log.error("the ledger is out of reach; trying on", error=str(error))
+        if flags.once:
+            return asyncio.run(_once(config, ledger, writes=flags.demo))
+        try:
+            asyncio.run(_serve(flags, load_config, config, web_config, ledger))
+        except (ConfigError, ValueError) as error:
+            print(error, file=sys.stderr)
+            return 1
+        return 0
+
+
+@dataclass
+class _Site:
+    """What the endpoints serve: the exporter, and how it is reloaded."""
+
+    exporter: Exporter
+    load: Callable[[], Config]
+    load_web: Callable[[], WebConfig]
+    ledger_url: str
+    authentication: Authentication
+    telemetry_path: str
+    lifecycle: bool
+    server: WebServer | None = None
+    version: str = __version__
+    revision: str = revision()
+
+    def __post_init__(self) -> None:
+        self._reloading = asyncio.Lock()
+        self.scrape = self.exporter.scrape
+        self.ready = self.exporter.ready
+
+    def workspaces(self) -> list[WorkspaceState]:
+        """Return how each workspace is doing."""
+        return self.exporter.workspaces()
+
+    async def reload(self) -> None:
+        """Read both configurations and put them in force together; raise ConfigError and keep the old on any error."""
+        async with self._reloading:
+            try:
+                config, web_config = await asyncio.to_thread(lambda: (self.load(), self.load_web()))
+                if config.ledger.url.get_secret_value() != self.ledger_url:
+                    raise ConfigError([("ledger.url", "cannot change while the exporter runs; restart it")])
+                if self.server:
+                    await self.server.replace(web_config.tls)
+            except ConfigError as error:
+                self.exporter.reload_failed()
+                _log.error("reload refused", errors=str(error))
+                raise
+            self.authentication.replace(web_config.users)
+            self.exporter.configure(config)
+            _log.info("reloaded")
+
+    async def reload_on_signal(self) -> None:
+        """Reload; what is wrong is in the log."""
+        with contextlib.suppress(ConfigError):
+            await self.reload()
+
+
+async def _serve(
+    flags: argparse.Namespace, load_config: Callable[[], Config], config: Config, web_config: WebConfig, ledger: Ledger
+) -> None:
+    exporter = Exporter(config, ledger, version=__version__, revision=revision())
+    authentication = Authentication(web_config.users)
+    site = _Site(
+        exporter,
+        load_config,
+        lambda: _web_config(flags),
+        config.ledger.url.get_secret_value(),
+        authentication,
+        flags.web_telemetry_path,
+        flags.web_enable_lifecycle,
+    )
+    app = application(site, authentication, flags.web_scrape_timeout_offset)
+    server = site.server = WebServer(app, flags.web_listen_address, web_config.tls)
+    stop, loop, reloads = asyncio.Event(), asyncio.get_running_loop(), set[asyncio.Task[None]]()
+
+    def reload_soon() -> None:
+        task = loop.create_task(site.reload_on_signal())
+        reloads.add(task)
+        task.add_done_callback(reloads.discard)
+
+    loop.add_signal_handler(signal.SIGHUP, reload_soon)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    await server.start()
+    _log.info("listening", url=f"{server.url.rstrip('/')}{flags.web_telemetry_path}", version=__version__)
+    await stop.wait()
+    exporter.stop()
+    await server.stop(_GRACE)
+    _log.info("stopped")
+
+
+async def _once(config: Config, ledger: Ledger, *, writes: bool) -> int:
+    exporter = Exporter(config, ledger, version=__version__, revision=revision(), writes=writes)
+    exposition = await exporter.scrape(None, timeout=config.api.timeout + 60, openmetrics=False)
+    sys.stdout.buffer.write(exposition)
+    return 0 if all(workspace.up for workspace in exporter.workspaces()) else 1
+
+
+def _config_loader(flags: argparse.Namespace, simulated: SimulatedApi | None) -> Callable[[], Config]:
+    if simulated is None:
+        return lambda: load(flags.config_file, os.environ)
+    api_id, api_key = CREDENTIALS
+    return lambda: Config.model_validate(
+        {
+            "workspaces": [{"name": "demo", "api_id": api_id, "api_key": api_key}],
+            "api": {"base_url": simulated.url},
+            "exposition": {"zero_hold": "0s"},
+        }
+    )
+
+
+def _web_config(flags: argparse.Namespace) -> WebConfig:
+    return load_web(flags.web_config_file) if flags.web_config_file else WebConfig.model_validate({})
+
+
+def _set_up_logging(level: str, log_format: str) -> None:
+    renderer: Any = structlog.processors.JSONRenderer()
+    if log_format == "logfmt":
+        renderer = structlog.processors.LogfmtRenderer(key_order=["ts", "level", "event"], bool_as_flag=False)
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", key="ts"),
+            renderer,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[level]),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
+
+
+def _typed(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Let argparse tell what is wrong in the words of `parse`."""
+
+    def convert(text: str) -> Any:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return convert
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="creatify-exporter",
+        description="Prometheus exporter for Creatify's text generator.",
+        allow_abbrev=False,
+    )
+
+    def flag(name: str, help_text: str, **options: Any) -> None:
+        dest = name.removeprefix("--").replace(".", "_").replace("-", "_")
+        parser.add_argument(name, dest=dest, help=help_text, **options)
+
+    def setting(name: str, default: str, help_text: str, parse: Callable[[str], Any] = str, **options: Any) -> None:
+        flag(name, f"{help_text} (default: {default})", default=default, type=_typed(parse), **options)
+
+    flag("--config.file", "configuration file (YAML)", type=Path, metavar="FILE")
+    flag("--config.check", "validate the configuration, print every error, and exit", action="store_true")
+    setting("--web.listen-address", ":9877", "address to serve on", parse_listen_address, metavar="ADDRESS")
+    setting("--web.telemetry-path", "/metrics", "path of the metrics", metavar="PATH")
+    flag("--web.config.file", "TLS and users, in the exporter toolkit's format", type=Path, metavar="FILE")
+    flag("--web.enable-lifecycle", "allow reloading by POST /-/reload", action="store_true")
+    setting("--web.scrape-timeout-offset", "500ms", "taken off Prometheus' timeout", parse_duration, metavar="DURATION")
+    setting("--log.level", "info", "least severe level to log", choices=tuple(_LEVELS))
+    setting("--log.format", "logfmt", "format of the log", choices=("logfmt", "json"))
+    build = f"creatify-exporter {__version__} (revision {revision()}, python {platform.python_version()})"
+    parser.add_argument("--version", action="version", version=build)
+    flag("--once", "list once, print the metrics, write nothing, and exit", action="store_true")
+    flag("--reasons", "list once, print a table of the failure reasons, and exit", action="store_true")
+    flag("--demo", "serve a simulated API with a throw-away ledger", action="store_true")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
