@@ -80,6 +80,9 @@ dist: $(DEV)
 image:
 	../shared/tools/build-image Dockerfile . $(IMAGE)
 
+image-check: $(DEV)
+	$(VENV)/bin/pytest -m image $(PYTEST_ARGS)
+
 clean:
 	rm -rf $(VENV) build dist *.egg-info .coverage* .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

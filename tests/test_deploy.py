@@ -1,5 +1,6 @@
 """What deploy/ and the Dockerfile say fits the program, its files, and the schemas of those who read them."""
 
+import json
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ from jsonschema import Draft202012Validator
 
 from creatify_exporter import __version__, config
 from tests.support.commands import output, run
+from tests.support.exporter import Exporter
 
 ROOT = Path(__file__).resolve().parents[1]
 DEPLOY = ROOT / "deploy"
@@ -318,3 +320,16 @@ def test_the_image_gets_no_more_than_it_is_built_from() -> None:
     assert ignore[1] == "*"
     assert {line[1:] for line in ignore if line.startswith("!")} == copied
     assert all((ROOT / path).exists() for path in copied)
+
+
+@pytest.mark.process
+def test_the_health_check_tells_a_live_exporter_from_a_dead_one(tmp_path: Path) -> None:
+    """It is Python's, since slim images have no curl."""
+    (line,) = re.findall(r"(?m)^  CMD (.+)$", DOCKERFILE)
+    _, option, script = json.loads(line)
+    exporter = Exporter(tmp_path, "--demo")
+    check = script.replace("127.0.0.1:9877", f"127.0.0.1:{exporter.port}")
+    assert check != script
+    with exporter:
+        output(sys.executable, option, check)
+    assert run(sys.executable, option, check).returncode == 1
