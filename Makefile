@@ -29,7 +29,7 @@ if [ -z "$$python" ]; then \
 fi
 endef
 
-.PHONY: run test test-python lint format bench soak docs dashboard lock dist image image-check clean
+.PHONY: run test lint format bench soak generate dashboard docs lock dist image image-check clean
 
 run: $(RUNTIME)
 	@if [ -f config.yaml ]; then \
@@ -62,8 +62,14 @@ soak: $(DEV)
 	@$(PY) -m tests.support.packages
 	$(VENV)/bin/pytest -m soak --soak $(PYTEST_ARGS)
 
-# Everything in the repository that is made from something else; tests fail when one of them is stale.
-docs dashboard: $(DEV)
+# What is made from something else and committed all the same; a test fails when one of them is stale.
+generate: dashboard docs
+
+dashboard: $(DEV)
+
+docs: $(DEV)
+	$(PY) -m docs.generate_configuration
+	$(PY) deploy/kubernetes/prometheusrule.py
 
 # The newest versions that pyproject.toml admits; --no-emit-*: no lock names the place that its packages come from.
 lock: $(DEV)

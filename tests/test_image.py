@@ -54,7 +54,7 @@ def root(container: str) -> Path:
 
 @pytest.fixture(scope="module")
 def base() -> Iterator[Path]:
-    name = buildah("from", "--pull-never", "docker.io/library/python:3.13-slim")
+    name = buildah("from", "--pull-never", "localhost/python:3.13-slim")
     yield Path(buildah("mount", name))
     buildah("rm", name)
 
