@@ -5,12 +5,15 @@ import contextlib
 import ctypes
 import errno
 import hashlib
+import json
 import os
 import re
 import socket
 import struct
+import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 from granian.constants import HTTPModes, Interfaces, SSLProtocols
 from granian.http import HTTP1Settings
@@ -24,6 +27,7 @@ _BACKLOG = 2048  # with Granian's default of 128, a few hundred idle clients mak
 _BUFFER = 64 * 1024  # bytes per connection; also the limit of a request's head
 _STRAGGLERS = 1.0  # seconds that handshakes under way get before their listener closes
 _LISTEN = re.compile(r"(\[(?P<address>[0-9A-Fa-f.]*:[0-9A-Fa-f:.]+)\]|(?P<host>[A-Za-z0-9._-]*)):(?P<port>[0-9]{1,5})")
+_TRIAL = "import asyncio, sys; from creatify_exporter.server import trial; asyncio.run(trial(sys.argv[1]))"
 _SO_ATTACH_REUSEPORT_CBPF = 51
 _PMTU = slice(60, 64)  # of struct tcp_info; 0 in a socket that was never connected
 
@@ -116,6 +120,8 @@ class WebServer:
 
     async def _launch(self, tls: Tls | None) -> "_Generation":
         fingerprint = _fingerprint(tls)
+        if tls:
+            await _try(tls)
         generation = _Generation(self._app, self.address, tls, self._header_timeout)
         await generation.start()
         self._fingerprint = fingerprint
@@ -174,7 +180,7 @@ class _Generation:
                 ssl_protocol_min=SSLProtocols.tls13 if tls and tls.min_version == "TLS13" else SSLProtocols.tls12,
             )
         except OSError as error:
-            raise _unusable(error) from None
+            raise _unusable(type(error).__name__) from None
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def send_last(message: Message) -> None:
@@ -191,8 +197,8 @@ class _Generation:
             await asyncio.sleep(0)
         for _ in range(20):
             await asyncio.sleep(0)
-        if self._serving.done() and (error := self._serving.exception()):
-            raise _unusable(error) from None
+        if self._serving.done():
+            raise _unusable(type(self._serving.exception()).__name__)
 
     async def stop(self, grace: float) -> None:
         self.leaving = True
@@ -200,8 +206,31 @@ class _Generation:
         await asyncio.wait({self._serving}, timeout=grace)
 
 
-def _unusable(error: BaseException) -> ConfigError:
-    return ConfigError([("tls_server_config", f"the server cannot use these files ({type(error).__name__})")])
+def _unusable(reason: str) -> ConfigError:
+    return ConfigError([("tls_server_config", f"the server cannot use these files: {reason}")])
+
+
+async def _try(tls: Tls) -> None:
+    """Raise ConfigError when the TLS library, which ends the process over files that it does not like, does not."""
+    child = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", _TRIAL, tls.model_dump_json()),
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path)},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    if await child.wait() != 0:
+        raise _unusable("it needs a key of type RSA (2048 bits or more), ECDSA (P-256, P-384) or Ed25519")
+
+
+async def trial(settings: str) -> None:
+    """End this process, without an error if a server starts with these TLS settings (JSON)."""
+    await _Generation(_nothing, ("127.0.0.1", 0), Tls(**json.loads(settings)), 1.0).start()
+    os._exit(0)
+
+
+async def _nothing(_scope: Scope, _receive: Receive, _send: Send) -> None:
+    return
 
 
 def _fingerprint(tls: Tls | None) -> tuple[Tls, tuple[bytes, ...]] | None:
@@ -211,7 +240,7 @@ def _fingerprint(tls: Tls | None) -> tuple[Tls, tuple[bytes, ...]] | None:
     try:
         return tls, tuple(hashlib.sha256(file.read_bytes()).digest() for file in files if file)
     except OSError as error:
-        raise _unusable(error) from None
+        raise _unusable((error.strerror or type(error).__name__).lower()) from None
 
 
 async def _reserve(host: str, port: int) -> socket.socket:
@@ -237,7 +266,7 @@ def _bind(family: int, address: tuple[str, int]) -> socket.socket:
     one = socket.socket(family)
     try:
         if address[0] == "::" and one.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY):
-            raise OSError(errno.EAFNOSUPPORT, "no dual stack")  # noqa: TRY301
+            raise OSError(errno.EAFNOSUPPORT, "no dual stack")
         one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         one.bind(address)
         # Only from here on: the bind above has to fail when any other socket has the address.

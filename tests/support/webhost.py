@@ -115,11 +115,15 @@ class Host:
         self.process.stdin.close()
         return self.process.wait(20)
 
-    def connect(self, context: ssl.SSLContext | None = None, receive_buffer: int = 0) -> socket.socket:
-        """Return a connection, with TLS when there is a context; its reads give up after 10 seconds."""
+    def connect(self, context: ssl.SSLContext | None = None, slow: bool = False) -> socket.socket:
+        """Return a connection, with TLS when there is a context; its reads give up after 10 seconds.
+
+        On a slow one little is under way at a time, as on a bad network: the kernel takes only some of a large answer.
+        """
         one = socket.socket()
-        if receive_buffer:
-            one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        if slow:
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            one.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 536)
         one.settimeout(10)
         one.connect((self.host, self.port))
         return context.wrap_socket(one, server_hostname="localhost") if context else one
@@ -150,11 +154,16 @@ def answer_of(data: bytes) -> tuple[int, bytes]:
     return int(head.split(b" ", 2)[1]), body
 
 
+def hosting_command(**settings: Any) -> list[str]:
+    """Return the command line of the process."""
+    return [sys.executable, "-m", "tests.support.webhost", json.dumps(settings)]
+
+
 @contextmanager
 def hosting(**settings: Any) -> Iterator[Host]:
-    """Run the process; it must end by itself, with status 0, when its standard input does."""
+    """Run the process, and kill it at the end if it has not been ended."""
     with subprocess.Popen(
-        [sys.executable, "-m", "tests.support.webhost", json.dumps(settings)],
+        hosting_command(**settings),
         cwd=ROOT,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
