@@ -66,6 +66,7 @@ soak: $(DEV)
 generate: dashboard docs
 
 dashboard: $(DEV)
+	$(PY) grafana/generate.py
 
 docs: $(DEV)
 	$(PY) -m docs.generate_configuration
@@ -103,8 +104,7 @@ $(RUNTIME): requirements.lock | $(PY)
 	@$(PIP) --require-hashes --requirement requirements.lock
 	@touch $@
 
-$(DEV): requirements-dev.lock pyproject.toml | $(PY)
+$(DEV): requirements-dev.lock | $(PY)
 	@echo "Installing the locked libraries and tools ..."
 	@$(PIP) --require-hashes --requirement requirements-dev.lock
-	@$(PIP) --no-deps --no-build-isolation --editable .
 	@touch $(RUNTIME) $@
