@@ -169,7 +169,9 @@ Duration = Annotated[float, BeforeValidator(lambda v: v if isinstance(v, float) 
 Size = Annotated[int, BeforeValidator(lambda v: parse_size(str(v)))]
 File = Annotated[Path, BeforeValidator(_file)]
 Certificates = Annotated[Path | None, BeforeValidator(_file), AfterValidator(_certificates)]
-Credential = Annotated[SecretStr, _must("be printable ASCII without spaces at its ends", _HEADER_VALUE.fullmatch)]
+Credential = Annotated[
+    SecretStr, _must("be printable ASCII, at least one character, no spaces at its ends", _HEADER_VALUE.fullmatch)
+]
 WorkspaceName = Annotated[str, _must("be 1 to 128 characters, none a control character", _WORKSPACE_NAME.fullmatch)]
 BaseUrl = Annotated[str, _must("be an http(s) URL without user, query and fragment", _is_base_url)]
 LedgerUrl = Annotated[SecretStr, _must("be sqlite:///FILE or postgresql://USER:PASSWORD@HOST/DB", _is_ledger_url)]
@@ -352,10 +354,10 @@ class WebConfig(Section):
 
     model_config = ConfigDict(validate_by_name=True)
     tls: Annotated[Tls | None, BeforeValidator(lambda v: None if v == {} else v)] = Field(
-        None, validation_alias="tls_server_config"
+        default=None, validation_alias="tls_server_config"
     )
     """HTTPS instead of HTTP, with these certificates."""
-    users: dict[User, PasswordHash] = Field({}, validation_alias="basic_auth_users")
+    users: dict[User, PasswordHash] = Field(default={}, validation_alias="basic_auth_users", repr=False)
     """Users that may read, with the bcrypt hashes of their passwords; without any, everybody may."""
 
 
@@ -402,9 +404,9 @@ class _Document:
             return [self._plain(item, (*at, index), seen) for index, item in enumerate(node.value)]
         mapping: dict[str, object] = {}
         for key, value in node.value:
-            name = _NO_TEXT.sub("?", key.value) if isinstance(key, yaml.ScalarNode) else "?"
-            if name in mapping:
-                self._fail((*at, name), "is given twice")
+            name = key.value if isinstance(key, yaml.ScalarNode) and not _NO_TEXT.search(key.value) else ""
+            if not name or name in mapping:
+                self._fail((*at, name), "is given twice" if name else "must be a key of plain text")
             mapping[name] = self._plain(value, (*at, name), seen)
         return mapping
 
@@ -516,6 +518,8 @@ def load(path: Path | None, environ: Mapping[str, str]) -> Config:
     if path is not None:
         document = _Document(str(path), path.parent, environ)
         document.read(path)
+        if document.tree is None:
+            document.errors.setdefault((), "the file is empty")
         return document.validate(Config)
     names = {key: f"CREATIFY_{key.upper()}" for key in keys(Workspace) if key != "name"}
     credentials = {key: environ[name] for key, name in names.items() if environ.get(name)}
