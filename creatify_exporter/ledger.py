@@ -194,8 +194,9 @@ class Draft:
     _PACKED = struct.Struct("<qqqI")
     _ABSENT = -(2**63)
 
-    def __init__(self, known: _Known) -> None:
+    def __init__(self, known: _Known, unreadable: LedgerError | None = None) -> None:
         self.known = known
+        self.unreadable = unreadable
         self._seen = bytearray(len(known.states))
         self._packed: dict[str, bytes] = {}
         # Whole objects for a million new tasks would take three times the memory.
@@ -304,7 +305,9 @@ class Ledger:
 
     def _prepare_sqlite(self, connection: Any, _record: object) -> None:
         connection.isolation_level = None
-        if not self._read_only:
+        tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        # Not even the header of somebody else's file is touched.
+        if not self._read_only and (not tables or _version.name in tables):
             connection.execute("PRAGMA journal_mode=WAL")
             connection.execute("PRAGMA synchronous=FULL")
 
@@ -406,8 +409,8 @@ class Book:
                 try:
                     with self._ledger.transaction() as tx:
                         self._known = self._load(tx)
-                except LedgerError:
-                    return Draft(_Known())  # good for the gauges; `record` will say what is wrong
+                except LedgerError as error:
+                    return Draft(_Known(), error)  # good for the gauges; `commit` says what is wrong
             return Draft(self._known)
 
     def commit(self, draft: Draft | None, models: Iterable[str], policy: Policy, now: int) -> None:
@@ -419,7 +422,7 @@ class Book:
         """
         with self._lock:
             if draft and draft.known is not self._known:
-                raise LedgerError("the ledger was out of reach when the listing began; the next one will count")
+                raise draft.unreadable or LedgerError("the ledger was replaced; the next listing is merged anew")
             states, left = {}, []
             with self._ledger.transaction() as tx:
                 row = self._locked(tx)
@@ -603,7 +606,7 @@ class _Recording:
         for chunk in _chunks(ids):
             self._tx.execute(
                 sa.update(_tasks)
-                .where(_tasks.c.workspace == self._row.name, _tasks.c.id.in_(chunk), ~_unlisted)
+                .where(_tasks.c.workspace == self._row.name, _tasks.c.id.in_(chunk))
                 .values(unlisted_since=self._now)
             )
 
