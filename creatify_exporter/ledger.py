@@ -18,7 +18,7 @@ from array import array
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -380,6 +380,11 @@ class Ledger:
                 connection.execute(sa.insert(_version).values(version=SCHEMA_VERSION))
             self._opened = True
 
+    def ping(self) -> None:
+        """Find out whether the ledger answers, for `up`."""
+        with suppress(LedgerError), self.transaction():
+            pass
+
     def book(self, workspace: str) -> "Book":
         """Return the workspace's part of the ledger, always the same object."""
         return self._books.setdefault(workspace, Book(self, workspace))
@@ -403,14 +408,18 @@ class Book:
         self._answered: dict[Key, int] = {}
 
     def draft(self) -> Draft:
-        """Return an empty draft for one listing; the first one in a process reads the listed tasks' states."""
+        """Return an empty draft for one listing; the first one in a process reads what the ledger holds."""
         with self._lock:
             if self._known is None:
                 try:
                     with self._ledger.transaction() as tx:
-                        self._known = self._load(tx)
+                        known, row = self._load(tx), self._row(tx)
+                        totals = self._view(tx, row) if row else None
                 except LedgerError as error:
                     return Draft(_Known(), error)  # good for the gauges; `commit` says what is wrong
+                self._known = known
+                if row and totals:
+                    self._revision, self.totals = row.revision, totals
             return Draft(self._known)
 
     def commit(self, draft: Draft | None, models: Iterable[str], policy: Policy, now: int) -> None:
@@ -447,7 +456,7 @@ class Book:
     def read(self) -> None:
         """Bring `totals` up to date without writing anything. Raises LedgerError."""
         with self._lock, self._ledger.transaction() as tx:
-            row = tx.execute(sa.select(_workspaces).where(_workspaces.c.name == self._name)).first()
+            row = self._row(tx)
             self.totals = self._view(tx, row) if row else None
 
     def due(self, policy: Policy, now: int) -> bool:
@@ -461,6 +470,9 @@ class Book:
         for key, total in totals.series.items():
             if total.answered_at is None:
                 self._answered.setdefault(key, now)
+
+    def _row(self, tx: Connection) -> Row[Any] | None:
+        return tx.execute(sa.select(_workspaces).where(_workspaces.c.name == self._name)).first()
 
     def _load(self, tx: Connection) -> _Known:
         known = _Known()

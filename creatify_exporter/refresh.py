@@ -356,7 +356,7 @@ class Exporter:
         self._clients: dict[str, dict[str, Any]] = {}
         self._tallies: defaultdict[str, Tally] = defaultdict(Tally)
         self._answers: dict[tuple[frozenset[str] | None, bool], tuple[object, asyncio.Task[bytes]]] = {}
-        self._reload_successful = True
+        self._asking: threading.Thread | None = None
         self.configure(config)
 
     def configure(self, config: Config) -> None:
@@ -414,7 +414,10 @@ class Exporter:
         return [one.state() for one in self._workspaces.values()]
 
     def ready(self) -> bool:
-        """Return whether the ledger answered last time."""
+        """Return whether the ledger answered last time; when not, ask it again for the next time."""
+        if not self._ledger.up and not (self._asking and self._asking.is_alive()):
+            self._asking = threading.Thread(target=self._ledger.ping, name="ledger", daemon=True)
+            self._asking.start()
         return self._ledger.up
 
     def stop(self) -> None:

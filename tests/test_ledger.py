@@ -313,6 +313,15 @@ def test_a_reader_sees_the_totals_and_leaves_everything_as_it_is(
     assert before == sorted((path.name, path.read_bytes()) for path in tmp_path.iterdir() if path.suffix == ".db")
 
 
+def test_a_fresh_process_knows_the_counters_before_its_first_listing_has_ended(
+    reopened: Callable[[], Book], book: Book
+) -> None:
+    commit(book, [record("a", created=SECOND)], at=SECOND)
+    again = reopened()
+    again.draft()
+    assert counted(again) == counted(book)
+
+
 def test_a_reader_makes_no_ledger(tmp_path: Path, open_ledger: Callable[..., Ledger]) -> None:
     with pytest.raises(LedgerMissingError, match="there is no ledger"):
         open_ledger(f"sqlite:///{tmp_path}/none.db", read_only=True).open()
