@@ -9,6 +9,7 @@ strict one accepts, with the same fields, so neither the verdict nor the records
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from typing import Any, NoReturn, TypeVar
 
 import msgspec
@@ -17,12 +18,12 @@ from creatify_exporter.tasks import Record
 
 _T = TypeVar("_T")
 
-_WINDOW = 512 * 1024
+_WINDOW = 256 * 1024
 _MIN_WINDOW = 4 * 1024
 _MAX_BOUNDARY = 256
 _MAX_GUESSES = 64
 
-_STRICT = msgspec.json.Decoder(list[Record])
+_STRICT = msgspec.json.Decoder(list[Record | None])
 _FIELDS = frozenset(Record.__struct_fields__)
 _LITERALS: dict[bytes, Any] = {b"true": True, b"false": False, b"null": None}
 
@@ -46,9 +47,10 @@ def _compile(template: str) -> re.Pattern[bytes]:
     return re.compile(template.translate(_TOKENS).encode(), re.DOTALL)
 
 
-_BLANK = _compile("_")
-_KEY = _compile("_(S)_:_")
-_SCALAR = _compile("V")
+_FIRST = _compile("_(?=(.))")
+_MEMBER = _compile("_(S)_:_()(?:(V)_([,}]))?+")
+# What follows shows that a number is all there.
+_SCALAR = _compile(r"V(?=[ \t\n\r,}\]])")
 _DELIMITER = _compile(r"_([,}\]])")
 _BOUNDARY = _compile(r"(\}_(,)_\{_S)_:(?:_V_,_(S))?+")
 # From inside an array or object up to the next bracket: right after its own opening one, or further on.
@@ -59,7 +61,7 @@ _STRETCHES = {
     (ord("{"), False): _compile(r"_(?:\}|,K(?:V_(?:,KV_)*+(?:\}|,K[{\[])|[{\[]))"),
 }
 # What is left of the buffer when it may only be too short for one of the above.
-_UNFINISHED = _compile(r"_,?+_(?:K?+V_,_)*+(?:S_:?+_)?+(?:V_|O\\?+|[-+.0-9A-Za-z]++)?+\Z")
+_UNFINISHED = _compile(r"_,?+_(?:K?+V_,_)*+(?:S_:?+_)?+(?:[-+.0-9A-Za-z]++_|S_|O\\?+)?+\Z")
 
 
 class MalformedBodyError(ValueError):
@@ -99,12 +101,13 @@ class Page:
             raise MalformedBodyError("the body goes on after its JSON value")
 
     def _envelope(self) -> Iterator[list[Record | None]]:
-        buffer, found, more = self._buffer, False, True
+        buffer, found = self._buffer, False
         del buffer[:1]
+        more = self._parse(_first, 0)[0] != b"}"
         while more:
             key, start = self._parse(_key, 0)
             if key == "results":
-                if found or not buffer.startswith(b"[", start):
+                if found or self._parse(_first, start)[0] != b"[":
                     raise MalformedBodyError("the page's results are not one array")
                 found = True
                 del buffer[:start]
@@ -114,7 +117,7 @@ class Page:
                 end = self._parse(_value_end, start)
                 if key == "next":
                     self.next = _link(bytes(buffer[start:end]))
-            more, end = self._parse(_object_goes_on, end)
+            more, end = self._parse(_goes_on, end, b"}")
             del buffer[:end]
         if not found:
             raise MalformedBodyError("the body is a JSON object without results")
@@ -122,13 +125,13 @@ class Page:
     def _array(self) -> Iterator[list[Record | None]]:
         """Yield the records of the array at the start of the buffer, and drop it from there.
 
-        The buffer always starts with `[`: after a batch it takes the place of the comma, so that nothing is copied.
+        The buffer starts with `[` all the time: it takes the place of the comma after a batch, so nothing is moved.
         """
         buffer, window, boundary = self._buffer, _WINDOW, _Boundary()
-        if end := self._parse(_end_of_empty_array, 1):
-            del buffer[:end]
-            return
-        more = True
+        first, start = self._parse(_first, 1)
+        more = first != b"]"
+        if not more:
+            del buffer[: start + 1]
         while more:
             self._fill(window)
             comma = boundary.last_comma(buffer, window)
@@ -136,10 +139,10 @@ class Page:
                 yield batch
                 window = min(2 * window, _WINDOW)
                 continue
-            # After a refusal the next guess is nearer, so that one odd record costs a few, not the whole window.
+            # After a refusal guess nearer, so that one odd record does not send a whole window to the slow path.
             window = max(window // 2, _MIN_WINDOW) if comma > 0 else min(2 * window, _WINDOW)
             record, end = self._parse(_element, 1)
-            more, after = self._parse(_array_goes_on, end)
+            more, after = self._parse(_goes_on, end, b"]")
             if more:
                 boundary.learn(buffer, end - 1)
                 after -= 1
@@ -152,8 +155,8 @@ class Page:
         buffer = self._buffer
         buffer[comma] = ord("]")
         try:
-            with memoryview(buffer) as view, view[: comma + 1] as slice_:
-                batch: list[Record | None] = [*_STRICT.decode(slice_)]
+            with memoryview(buffer) as view, view[: comma + 1] as records:
+                batch = _STRICT.decode(records)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             buffer[comma] = ord(",")
             return None
@@ -161,11 +164,11 @@ class Page:
         del buffer[:comma]
         return batch
 
-    def _parse(self, step: Callable[[bytearray, int], _T], position: int) -> _T:
+    def _parse(self, step: Callable[..., _T], position: int, *more: bytes) -> _T:
         """Return what `step` finds at `position`, with as much more of the body in the buffer as it needs."""
         while True:
             try:
-                return step(self._buffer, position)
+                return step(self._buffer, position, *more)
             except _IncompleteError:
                 if self._ended:
                     raise MalformedBodyError("the body ends before its JSON value does") from None
@@ -175,17 +178,15 @@ class Page:
     def _fill(self, size: int) -> None:
         while len(self._buffer) < size and not self._ended:
             chunk = next(self._chunks, None)
-            if chunk is None:
-                self._ended = True
-            else:
-                self._buffer += chunk
+            self._ended = chunk is None
+            self._buffer += chunk or b""
 
     def _skip_space(self) -> None:
         while True:
             self._fill(1)
-            if not (blank := _end_of(_BLANK, self._buffer, 0)):
+            self._buffer[:] = self._buffer.lstrip(b" \t\n\r")
+            if self._buffer or self._ended:
                 return
-            del self._buffer[:blank]
 
 
 class _Boundary:
@@ -197,47 +198,61 @@ class _Boundary:
         self._second_key = b""
 
     def learn(self, buffer: bytearray, brace: int) -> None:
-        """Learn from the record whose closing brace is at `brace`, if the start of the next one is in the buffer."""
+        """Learn from the record that ends at `brace`, if the start of the next one is in the buffer."""
         if (found := _BOUNDARY.match(buffer, brace)) and found.end(1) - brace <= _MAX_BOUNDARY:
-            self._text, self._comma, self._second_key = found[1], found.start(2) - brace, found[3] or b""
+            self._text, self._comma, self._second_key = found[1], found.start(2) - brace, found[3]
 
     def last_comma(self, buffer: bytearray, end: int) -> int:
         """Return where the last comma between records may be before `end`, or -1.
 
-        Nested objects often start with the same key as records, so the second key has a say if it comes soon.
+        Nested objects often start with the same key as records, seldom with the same two.
         """
-        for _ in range(_MAX_GUESSES):
-            end = buffer.rfind(self._text, 0, end) if self._text else -1
+        for _ in range(_MAX_GUESSES if self._text else 0):
+            end = buffer.rfind(self._text, 0, end)
             if end < 0:
                 break
-            found = _BOUNDARY.match(buffer, end)
-            if found and (found[3] or b"") == self._second_key:
+            if (found := _BOUNDARY.match(buffer, end)) and found[3] == self._second_key:
                 return end + self._comma
         return -1
 
 
+# Each of these takes the buffer and a position, and raises _IncompleteError if the buffer ends too soon.
+
+
+def _first(buffer: bytearray, position: int) -> tuple[bytes, int]:
+    """Return the first byte that is no space, and where it is."""
+    found = _FIRST.match(buffer, position) or _refuse(buffer, position)
+    return found[1], found.end()
+
+
 def _element(buffer: bytearray, position: int) -> tuple[Record | None, int]:
     """Return the element of the list at `position`, None if it is no object, and where it ends."""
-    start = _end_of(_BLANK, buffer, position)
-    if not buffer.startswith(b"{", start):
-        return None, _value_end(buffer, start)
-    if (end := _end_of(_BLANK, buffer, start + 1)) and buffer.startswith(b"}", end):
-        return Record(), end + 1
+    first, position = _first(buffer, position)
+    if first != b"{":
+        return None, _value_end(buffer, position)
+    position += 1
+    first, start = _first(buffer, position)
+    if first == b"}":
+        return Record(), start + 1
     fields: dict[str, Any] = {}
-    more, position = True, start + 1
+    more = True
     while more:
-        key, start = _key(buffer, position)
-        end = _value_end(buffer, start)
+        found = _MEMBER.match(buffer, position) or _refuse(buffer, position)
+        start, end = found.span(3)
+        more, position = found[4] == b",", found.end()
+        if end < 0:  # no scalar value, or the buffer ends
+            start, end = position, _value_end(buffer, position)
+            more, position = _goes_on(buffer, end, b"}")
+        key = _text(found[1])
         if key in _FIELDS:
             fields[key] = _value(bytes(buffer[start:end]))
-        more, position = _object_goes_on(buffer, end)
     return Record(**fields), position
 
 
 def _key(buffer: bytearray, position: int) -> tuple[str, int]:
     """Return the key at `position` and where its value starts."""
-    found = _KEY.match(buffer, position) or _refuse(buffer, position)
-    return _text(found[1]), found.end()
+    found = _MEMBER.match(buffer, position) or _refuse(buffer, position)
+    return _text(found[1]), found.end(2)
 
 
 def _value_end(buffer: bytearray, start: int) -> int:
@@ -261,29 +276,8 @@ def _goes_on(buffer: bytearray, position: int, closing: bytes) -> tuple[bool, in
     """Tell whether a comma follows, or else the closing bracket, and where that ends."""
     found = _DELIMITER.match(buffer, position) or _refuse(buffer, position)
     if found[1] not in (b",", closing):
-        raise MalformedBodyError("the JSON of the body has a wrong bracket")
+        raise MalformedBodyError("the body has a wrong bracket")
     return found[1] == b",", found.end()
-
-
-def _object_goes_on(buffer: bytearray, position: int) -> tuple[bool, int]:
-    return _goes_on(buffer, position, b"}")
-
-
-def _array_goes_on(buffer: bytearray, position: int) -> tuple[bool, int]:
-    return _goes_on(buffer, position, b"]")
-
-
-def _end_of_empty_array(buffer: bytearray, position: int) -> int:
-    """Return where an array ends that has nothing but space from `position` on, or 0."""
-    position = _end_of(_BLANK, buffer, position)
-    if position == len(buffer):
-        raise _IncompleteError
-    return position + 1 if buffer.startswith(b"]", position) else 0
-
-
-def _end_of(pattern: re.Pattern[bytes], buffer: bytearray, position: int) -> int:
-    found = pattern.match(buffer, position)
-    return found.end() if found else position
 
 
 def _refuse(buffer: bytearray, position: int) -> NoReturn:
@@ -294,12 +288,12 @@ def _refuse(buffer: bytearray, position: int) -> NoReturn:
 
 def _value(token: bytes) -> Any:
     """Return what a value means; an array or object is no use to anybody, so an empty object stands for it."""
-    if token in _LITERALS:
-        return _LITERALS[token]
     if token.startswith(b'"'):
         return _text(token)
     if token.startswith((b"{", b"[")):
         return {}
+    if token in _LITERALS:
+        return _LITERALS[token]
     try:
         return int(token)
     except ValueError:  # a fraction, an exponent, NaN, or more digits than int() takes, which makes an infinity
@@ -309,15 +303,13 @@ def _value(token: bytes) -> Any:
 def _text(token: bytes) -> str:
     text = token.decode("utf-8", "replace")
     if "\\" in text:
-        try:
+        with suppress(ValueError):  # an escape that JSON does not know stays as it is
             return str(json.loads(text, strict=False))
-        except ValueError:  # an escape that JSON does not know stays as it is
-            pass
     return text[1:-1]
 
 
 def _link(token: bytes) -> str | None:
     link = _value(token)
     if link is not None and not isinstance(link, str):
-        raise MalformedBodyError("the page's link to the next one is not a text")
+        raise MalformedBodyError("the page's link to the next one is no text")
     return link or None
