@@ -404,6 +404,7 @@ class Book:
         self._name = workspace
         self._lock = threading.Lock()
         self._known: _Known | None = None
+        self._draft: Draft | None = None
         self._revision = 0
         self._answered: dict[Key, int] = {}
 
@@ -420,7 +421,8 @@ class Book:
                 self._known = known
                 if row and totals:
                     self._revision, self.totals = row.revision, totals
-            return Draft(self._known)
+            self._draft = Draft(self._known)
+            return self._draft
 
     def commit(self, draft: Draft | None, models: Iterable[str], policy: Policy, now: int) -> None:
         """Commit one complete listing in one transaction: tasks, totals, departures, retention, what is revealed.
@@ -430,8 +432,8 @@ class Book:
         nothing changed, and the next listing brings it all again.
         """
         with self._lock:
-            if draft and draft.known is not self._known:
-                raise draft.unreadable or LedgerError("the ledger was replaced; the next listing is merged anew")
+            if draft and draft is not self._draft:
+                raise draft.unreadable or LedgerError("another listing of the workspace began meanwhile")
             states, left = {}, []
             with self._ledger.transaction() as tx:
                 row = self._locked(tx)
@@ -625,7 +627,7 @@ class _Recording:
     def prune(self, listed: Callable[[str], bool]) -> None:
         """Drop the tasks that were not listed for the retention time, and raise the floor so that none counts again."""
         old = (_tasks.c.workspace == self._row.name) & (
-            _tasks.c.unlisted_since <= self._now - self._policy.retention * SECOND
+            _tasks.c.unlisted_since <= self._now - int(self._policy.retention * SECOND)
         )
         rows = self._tx.execute(sa.select(_tasks).where(old)).all()
         # Another replica may have missed in its last listing what this one lists all the time.

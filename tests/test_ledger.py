@@ -322,6 +322,14 @@ def test_a_fresh_process_knows_the_counters_before_its_first_listing_has_ended(
     assert counted(again) == counted(book)
 
 
+def test_only_the_newest_listing_of_a_workspace_may_commit(book: Book) -> None:
+    former = book.draft()
+    commit(book, [record("a", created=SECOND)], at=SECOND)
+    with pytest.raises(LedgerError, match="another listing"):
+        book.commit(former, (), POLICY, START + 2 * SECOND)
+    assert counted(book)["m", "submitted", ""] == 1
+
+
 def test_a_reader_makes_no_ledger(tmp_path: Path, open_ledger: Callable[..., Ledger]) -> None:
     with pytest.raises(LedgerMissingError, match="there is no ledger"):
         open_ledger(f"sqlite:///{tmp_path}/none.db", read_only=True).open()
