@@ -20,6 +20,7 @@ from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from creatify_exporter.config import ConfigError
+from creatify_exporter.refresh import WorkspaceState
 from creatify_exporter.webauth import Authentication, RequireUser
 
 OPENMETRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
@@ -45,26 +46,6 @@ _SECURITY_HEADERS = {
     "Server": "creatify-exporter",
 }
 _log = structlog.get_logger(__name__)
-
-
-class WorkspaceState(Protocol):
-    """What the landing page shows of a workspace."""
-
-    @property
-    def name(self) -> str:
-        """The label value."""
-
-    @property
-    def up(self) -> bool | None:
-        """Whether the newest finished listing succeeded and is fresh; None before the first one."""
-
-    @property
-    def age(self) -> float | None:
-        """Seconds since the last finished listing; None before the first one."""
-
-    @property
-    def cause(self) -> str | None:
-        """Why it failed, one of the causes of `creatify_exporter_listing_errors_total`."""
 
 
 class Site(Protocol):
@@ -205,7 +186,7 @@ def scrape_timeout(header: str | None, offset: float) -> float:
         value = float(header or "")
     except ValueError:
         value = math.nan
-    seconds = min(value, _LONGEST_SCRAPE_TIMEOUT) if 0 < value < math.inf else _SCRAPE_TIMEOUT
+    seconds = min(max(value, 0.001), _LONGEST_SCRAPE_TIMEOUT) if 0 < value < math.inf else _SCRAPE_TIMEOUT
     return max(seconds - offset, seconds / 2)
 
 

@@ -15,7 +15,7 @@ from creatify_exporter.config import ConfigError
 from creatify_exporter.web import OPENMETRICS, TEXT, allows_gzip, application, prefers_openmetrics, scrape_timeout
 from creatify_exporter.webauth import Authentication
 from tests.support.asgi import ask_once, header
-from tests.support.webhost import FakeSite, FakeWorkspace
+from tests.support.webhost import FakeSite, workspace
 
 PROMETHEUS_2_42 = (
     "application/openmetrics-text;version=1.0.0,application/openmetrics-text;version=0.0.1;q=0.75,"
@@ -279,7 +279,7 @@ class TestServiceDiscovery:
         ]
 
     def test_path_and_scheme_are_told_where_prometheus_would_not_guess_them(self) -> None:
-        site = FakeSite(telemetry_path="/m", states=[FakeWorkspace("a")])
+        site = FakeSite(telemetry_path="/m", states=[workspace("a")])
         answer = ask_once(app_of(site), "/sd", ("Host", "e"), scheme="https")
         assert json.loads(answer.body)[0]["labels"] == {
             "__param_workspace": "a",
@@ -313,10 +313,10 @@ class TestServiceDiscovery:
 class TestLandingPage:
     def test_it_shows_the_state_of_each_workspace(self) -> None:
         states = [
-            FakeWorkspace("first"),
-            FakeWorkspace("second", up=False, age=61.4, cause="timeout"),
-            FakeWorkspace("third", up=False, age=400),
-            FakeWorkspace("fourth", up=None, age=None),
+            workspace("first"),
+            workspace("second", up=False, age=61.4, cause="timeout"),
+            workspace("third", up=False, age=400),
+            workspace("fourth", up=None, age=None),
         ]
         page = ask_once(app_of(FakeSite(states=states)), "/").text
         assert re.findall(r"<td>(?:<a[^>]*>)?([^<]*)(?:</a>)?</td>", page) == [
@@ -334,7 +334,7 @@ class TestLandingPage:
         assert [ask_once(app, f"/{link}").status for link in links] == [200] * len(links)
 
     def test_text_from_outside_stays_text(self) -> None:
-        site = FakeSite(states=[FakeWorkspace(MARKUP, up=False, cause=MARKUP)], version=MARKUP, revision=MARKUP)
+        site = FakeSite(states=[workspace(MARKUP, up=False, cause=MARKUP)], version=MARKUP, revision=MARKUP)
         page = ask_once(app_of(site), "/").text
         assert "<script" not in page
         assert page.count("&lt;script&gt;") == 4

@@ -196,3 +196,7 @@ def test_long_passwords_count_to_where_bcrypt_looks() -> None:
     authentication = Authentication({"ann": stored})
     assert asyncio.run(authentication.allows(basic("ann", "x" * 100)))
     assert not asyncio.run(authentication.allows(basic("ann", "x" * 71)))
+
+
+def test_a_hash_that_bcrypt_does_not_take_lets_nobody_pass() -> None:
+    assert not asyncio.run(Authentication({"ann": "$2b$04$short"}).allows(basic("ann", "pw")))

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from creatify_exporter.config import ConfigError, Tls
+from creatify_exporter.refresh import WorkspaceState
 from creatify_exporter.server import WebServer, parse_listen_address
 from creatify_exporter.web import application
 from creatify_exporter.webauth import Authentication
@@ -25,12 +26,9 @@ from creatify_exporter.webauth import Authentication
 ROOT = Path(__file__).absolute().parents[2]
 
 
-@dataclass(frozen=True)
-class FakeWorkspace:
-    name: str
-    up: bool | None = True
-    age: float | None = 1.0
-    cause: str | None = None
+def workspace(name: str, up: bool | None = True, age: float | None = 1.0, cause: str | None = None) -> WorkspaceState:
+    """Return a workspace that is well, or as told."""
+    return WorkspaceState(name, up, age, cause)
 
 
 @dataclass
@@ -41,14 +39,14 @@ class FakeSite:
     lifecycle: bool = False
     version: str = "1.2.3"
     revision: str = "abc"
-    states: Sequence[FakeWorkspace] = (FakeWorkspace("marketing"), FakeWorkspace("sales"))
+    states: Sequence[WorkspaceState] = (workspace("marketing"), workspace("sales"))
     body: bytes = b"creatify_up 1\n"
     failure: Exception | None = None
     is_ready: bool = True
     scrapes: list[tuple[frozenset[str] | None, float, bool]] = field(default_factory=list)
     reloads: int = 0
 
-    def workspaces(self) -> Sequence[FakeWorkspace]:
+    def workspaces(self) -> Sequence[WorkspaceState]:
         return self.states
 
     async def scrape(self, names: frozenset[str] | None, timeout: float, openmetrics: bool) -> bytes:
@@ -68,7 +66,7 @@ class FakeSite:
 
 async def _host(settings: Mapping[str, Any]) -> None:
     site = FakeSite(
-        states=[FakeWorkspace(name) for name in settings.get("workspaces", ["marketing", "sales"])],
+        states=[workspace(name) for name in settings.get("workspaces", ["marketing", "sales"])],
         body=b"# a line of sixty-four bytes, as many of them as were asked for\n" * settings.get("lines", 1000),
     )
     tls = settings.get("tls")
