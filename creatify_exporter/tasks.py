@@ -101,7 +101,7 @@ class TaskReader:
 
 def model_of(name: str) -> str:
     """Return the `model` label for a `model_name`: trimmed, printable, at most 128 characters."""
-    return _UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", name.strip()[:MAX_MODEL_LENGTH]) or UNKNOWN
+    return _UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", name.strip()[:MAX_MODEL_LENGTH].rstrip()) or UNKNOWN
 
 
 def nanocredits(value: object) -> int:
