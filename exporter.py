@@ -29,7 +29,7 @@ from creatify_exporter.ledger import Ledger, LedgerError, LedgerMissingError, Le
 from creatify_exporter.refresh import Exporter, WorkspaceState, reasons_report
 from creatify_exporter.server import WebServer, parse_listen_address
 from creatify_exporter.simulator import CREDENTIALS, SimulatedApi, demo
-from creatify_exporter.web import application
+from creatify_exporter.web import application, parse_telemetry_path
 from creatify_exporter.webauth import Authentication
 
 _LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warn": logging.WARNING, "error": logging.ERROR}
@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return asyncio.run(_once(config, ledger, writes=flags.demo))
         try:
             asyncio.run(_serve(flags, load_config, config, web_config, ledger))
-        except (ConfigError, ValueError) as error:
+        except ConfigError as error:
             print(error, file=sys.stderr)
             return 1
         return 0
@@ -218,6 +218,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="creatify-exporter",
         description="Prometheus exporter for Creatify's text generator.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,  # or a long --version would be wrapped
         allow_abbrev=False,
     )
 
@@ -231,7 +232,7 @@ def _parser() -> argparse.ArgumentParser:
     flag("--config.file", "configuration file (YAML)", type=Path, metavar="FILE")
     flag("--config.check", "validate the configuration, print every error, and exit", action="store_true")
     setting("--web.listen-address", ":9877", "address to serve on", parse_listen_address, metavar="ADDRESS")
-    setting("--web.telemetry-path", "/metrics", "path of the metrics", metavar="PATH")
+    setting("--web.telemetry-path", "/metrics", "path of the metrics", parse_telemetry_path, metavar="PATH")
     flag("--web.config.file", "TLS and users, in the exporter toolkit's format", type=Path, metavar="FILE")
     flag("--web.enable-lifecycle", "allow reloading by POST /-/reload", action="store_true")
     setting("--web.scrape-timeout-offset", "500ms", "taken off Prometheus' timeout", parse_duration, metavar="DURATION")

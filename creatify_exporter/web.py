@@ -31,6 +31,7 @@ _LONGEST_SCRAPE_TIMEOUT = 3600.0
 _COMPRESSED_AT_ONCE = 16 * 1024  # a larger answer is compressed in a thread
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9._-]{1,253})(:[0-9]{1,5})?")
 _TELEMETRY_PATH = re.compile(r"/([A-Za-z0-9._~-]+(/[A-Za-z0-9._~-]+)*)?")
+_OTHER_PATHS = _HEALTHY, _READY, _RELOAD, _DISCOVERY = "/-/healthy", "/-/ready", "/-/reload", "/sd"
 _STYLE = (
     "body{font:16px/1.5 sans-serif;margin:2em auto;max-width:50em;padding:0 1em}"
     "table{border-collapse:collapse}th,td{border-bottom:1px solid #ccc;padding:.3em 1.5em .3em 0;text-align:left}"
@@ -69,22 +70,26 @@ class Site(Protocol):
         """Read the configuration anew; raises ConfigError and keeps the former one when it is invalid."""
 
 
+def parse_telemetry_path(text: str) -> str:
+    """Return the path at which metrics are served; raise ValueError when it is no plain path or another endpoint's."""
+    if not _TELEMETRY_PATH.fullmatch(text) or text in _OTHER_PATHS:
+        raise ValueError("must be a path like /metrics, of letters, digits and ._~-, that no other endpoint has")
+    return text
+
+
 def application(site: Site, authentication: Authentication, timeout_offset: float = 0.5) -> ASGIApp:
     """Return the endpoints of `site` as an ASGI application that answers every request and never raises.
 
     `timeout_offset` is what an answer has to leave before Prometheus' own scrape timeout, in seconds.
-    Raises ValueError when `site.telemetry_path` is no plain path or that of another endpoint.
     """
     endpoints = _Endpoints(site, timeout_offset)
     routes = [
-        Route("/-/healthy", endpoints.healthy),
-        Route("/-/ready", endpoints.ready),
-        Route("/-/reload", endpoints.reload, methods=["POST"]),
-        Route("/sd", endpoints.discovery),
+        Route(_HEALTHY, endpoints.healthy),
+        Route(_READY, endpoints.ready),
+        Route(_RELOAD, endpoints.reload, methods=["POST"]),
+        Route(_DISCOVERY, endpoints.discovery),
     ]
     path = site.telemetry_path
-    if not _TELEMETRY_PATH.fullmatch(path) or path in {route.path for route in routes}:
-        raise ValueError("must be a path like /metrics, of letters, digits and ._~-, that no other endpoint has")
     routes.append(Route(path, endpoints.metrics))
     if path != "/":
         routes.append(Route("/", endpoints.landing))

@@ -12,7 +12,15 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from starlette.types import ASGIApp
 
 from creatify_exporter.config import ConfigError
-from creatify_exporter.web import OPENMETRICS, TEXT, allows_gzip, application, prefers_openmetrics, scrape_timeout
+from creatify_exporter.web import (
+    OPENMETRICS,
+    TEXT,
+    allows_gzip,
+    application,
+    parse_telemetry_path,
+    prefers_openmetrics,
+    scrape_timeout,
+)
 from creatify_exporter.webauth import Authentication
 from tests.support.asgi import ask_once, header
 from tests.support.webhost import FakeSite, workspace
@@ -89,7 +97,7 @@ class TestRoutes:
     @pytest.mark.parametrize("path", ["", "metrics", "//evil", "/a//b", "/{x}", "/a b", "/a?b", "/sd", "/-/reload"])
     def test_a_telemetry_path_that_cannot_be_served_is_an_error(self, path: str) -> None:
         with pytest.raises(ValueError, match="must be a path like /metrics"):
-            app_of(FakeSite(telemetry_path=path))
+            parse_telemetry_path(path)
 
 
 class TestMetrics:
