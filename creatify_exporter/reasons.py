@@ -49,10 +49,12 @@ _PLAIN_QUOTES: Final = str.maketrans(
     dict.fromkeys("\u201c\u201d\u201e\u201f\u00ab\u00bb\u300c\u300d", '"')
     | dict.fromkeys("\u2018\u2019\u201a\u201b\u2039\u203a\u00b4", "'")
 )
-_UNPRINTABLE: Final = re.compile("[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]")
+_CONTROL: Final = r"\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff"
+_UNPRINTABLE: Final = re.compile(f"[{_CONTROL}]")
+_BLANK: Final = re.compile(rf"[\s{_CONTROL}]*")
 _LAST_WORD: Final = re.compile(r"\S*\Z")
 _SECRET: Final = re.compile(
-    r"(?i)\b((?:key|token|secret|password|passwd|pwd|authorization|cookie)s?\s?[=:]|bearer|basic)\s*\S+"
+    r"(?i)(?<![?&\w])((?:key|token|secret|password|passwd|pwd|authorization|cookie)s?\s?[=:]|bearer|basic)\s*\S+"
 )
 _APOSTROPHE: Final = re.compile(r"(?<=[^\W\d_])'(?=[^\W\d_])")
 _TOKEN: Final = re.compile(r"[^\s()\[\]{}<>,;\"'|]+")
@@ -72,17 +74,17 @@ _STATUSES: Final = {
 _LITTLE: Final = "is|are|was|were|be|been|has|have|had|the|an?|your|you|its|this|that|their|our|does|do|did|s"
 _SPACE: Final = rf"([\s_-]+({_LITTLE})\b)*[\s_-]*"
 # A number at the beginning, alone or before a status name; after a word for status; in a heading; before "error".
-_STATUS: Final = r"""(?i)^\W{0,3}N\W*($|[^\w\s%]|\s?[{\[(<-]|\s(client|server)\serror|\s(?-i:[A-Z_]{4})) |
-    \b(http|status|code|error)(\s?/\d(\.\d)?|[\s_-]?(error|status|code|response|with|is|was))*[\s"'`:=#(\[-]{0,6}N\b |
-    \b(status|code)\sof\sN\b|>\s?N[<\s,:]|\bN[\s_-](error|response|status|(client|server)\serror)\b |
-    \b(returned|got|received|with|responded|response|failed|answered)(\s(an?|with|status|code|http))*\W{1,3}N\s*(\W|$) |
-    \b(returned|got|received|with|responded|response|failed|answered)(\s(an?|with|status|code|http))*\W{1,3}N\sfrom
+_STATUS: Final = r"""(?i)^\W{0,3}N\W*($|[^\w\s%]|\s?[{\[(<-]|\s(client|server)\serror|\s(?-i:[A-Z])) |
+    \b(http|status|code|error)(\s?/\d(\.\d)?|[\s_-]?(error|status|code|response|is|was))*[\s"'`:=#([-]{0,6}N\b |
+    ["']\s?N\s(?-i:[A-Z])|exceptions?\.\w+:\sN\b|\b(status|code)\sof\sN\b|>\s?N[<\s,:]|\(N\)\W*$|
+    \bN[\s_-](error|response|status|(client|server)\serror)\b |
+    \b(returned|got|received|with|respon\w+|failed|answered)(\s(an?|with|status|code|http))*\W{1,3}N\s*($|[^\w\s%]|from)
 """.rstrip().replace("N", r"[45]\d\d")
 
 
 def _pattern(alternatives: str) -> str:
     """Return the RE2 pattern that `alternatives`, in the notation of `reasons.rules`, stand for."""
-    pattern = re.sub(r"\s*\n\s+\|?\s*| \| ", "|", alternatives.strip())
+    pattern = "|".join(part.strip() for part in re.split(r" \| |\n", alternatives) if part.strip(" |"))
     pattern = re.sub("… ?", lambda _: r"(\W{1,3}\S+){0,4}\W{1,3}", pattern)
     pattern = re.sub(r" (?=\\[wS])", lambda _: _SPACE + r"[\s_-]+", pattern)
     pattern = re.sub(r"\bnot\b", lambda _: r"(no|(do|does|did|is|was|are|were|has|have|could)?n')t", pattern)
@@ -116,7 +118,7 @@ _CONTROLS: Final = bytes(32 if byte < 32 or byte == 127 else byte for byte in ra
 _CODE: Final = re.compile(rb"[45]\d\d")
 # JSON inside a JSON string: its quotes and line breaks come escaped, once per level.
 _PLAIN: Final = _CONTROLS.replace(b"\\", b" ")
-_DIGITLESS: Final = _PLAIN.replace(b"0123456789", b"0" * 10)
+_DIGITLESS: Final = _PLAIN.replace(b"123456789", b"1" * 9)
 
 
 def check_rule(reason: str, match: str) -> str | None:
@@ -151,9 +153,8 @@ class Classifier:
 
     def __call__(self, text: object) -> str:
         """Return the reason of a failure text, any JSON value: one of `reasons`."""
-        if not isinstance(text, str) or not text or text.isspace():
+        if not isinstance(text, str) or _BLANK.fullmatch(head := text[:MAX_TEXT]):
             return UNSPECIFIED
-        head = text[:MAX_TEXT]
         # Only a hash is kept, so no upstream text stays in memory; Python's own is keyed anew in each process.
         key = hash(head)
         reason = self._seen.get(key)
@@ -197,7 +198,7 @@ def mask(text: str) -> str:
 
 
 def _mask_quoted(text: str, quote: str) -> str:
-    """Replace what `quote` encloses; if it is unclear which one opens, all from the first to the last, or to the end."""
+    """Replace what `quote` encloses; where that is unclear, all from the first to the last, or to the end."""
     if quote == "'":  # an apostrophe inside a word encloses nothing
         text = _APOSTROPHE.sub(" ", text)
     first, *rest = text.split(quote)
@@ -205,9 +206,10 @@ def _mask_quoted(text: str, quote: str) -> str:
         return text
     if len(rest) % 2:
         return f"{first}<text>"
-    if "\\" + quote in text or any(outside[:1].isalnum() for outside in rest[1::2]):
+    befores, afters = [first, *rest[1:-1:2]], rest[1::2]
+    if "\\" + quote in text or any(s[-1:].isalnum() for s in befores) or any(s[:1].isalnum() for s in afters):
         return f"{first}<text>{rest[-1]}"
-    return first + "".join(f"<text>{outside}" for outside in rest[1::2])
+    return first + "".join(f"<text>{after}" for after in afters)
 
 
 def _mask_word(word: str) -> str:
