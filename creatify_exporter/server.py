@@ -1,8 +1,8 @@
 """The HTTP server: Granian inside the exporter's event loop, and how its certificates are renewed without a pause."""
 
+import array
 import asyncio
 import contextlib
-import ctypes
 import errno
 import hashlib
 import json
@@ -140,8 +140,8 @@ class WebServer:
             return
         # A classic BPF program of one instruction, `return 1`: new connections go to the second listener of the
         # address, which is the newer one. While there is just one, the kernel ignores the answer.
-        code = ctypes.create_string_buffer(struct.pack("HBBI", 6, 0, 0, 1))
-        program = struct.pack("HP", 1, ctypes.addressof(code))
+        code = array.array("B", struct.pack("HBBI", 6, 0, 0, 1))
+        program = struct.pack("HP", 1, code.buffer_info()[0])
         for number, own in _sockets_at(self.address):
             if own.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
                 with contextlib.suppress(OSError):  # then the kernel goes on distributing by a hash

@@ -220,7 +220,6 @@ class TestHostileClients:
                 until(lambda: clients_of(host) == 0, 30)
                 assert process.memory_info().rss < MEMORY
             assert usual_time(host, context) < max(5 * alone, BUSY)
-            assert host.end() == 0
 
     def test_a_client_that_stops_reading_does_not_hold_up_the_end(self) -> None:
         with hosting(lines=16_000, limits={"write_timeout": 600}, grace=0.5) as host, host.connect(slow=True) as one:
@@ -445,7 +444,7 @@ class TestRenewedCertificates:
             scrapers = [Scraper(host, context, keep) for keep in (True, False, False)]
             for scraper in scrapers:
                 scraper.start()
-            for number in range(6):
+            for number in range(4):
                 serial = authority.renew()
                 assert host.replace(authority.settings) == "replaced"
                 assert [serial_of(host, context) for _ in range(20)] == [serial] * 20

@@ -159,7 +159,7 @@ def hosting_command(**settings: Any) -> list[str]:
 
 @contextmanager
 def hosting(**settings: Any) -> Iterator[Host]:
-    """Run the process, and kill it at the end if it has not been ended."""
+    """Run the process; end it if the test has not done so."""
     with subprocess.Popen(
         hosting_command(**settings),
         cwd=ROOT,
@@ -169,7 +169,10 @@ def hosting(**settings: Any) -> Iterator[Host]:
     ) as process:
         try:
             assert process.stdout
-            yield Host(process, **json.loads(process.stdout.readline()))
+            host = Host(process, **json.loads(process.stdout.readline()))
+            yield host
+            if process.poll() is None:
+                assert host.end() == 0
         finally:
             if process.poll() is None:
                 process.kill()
