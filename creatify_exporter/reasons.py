@@ -96,7 +96,7 @@ def _options(encoding: object) -> re2.Options:
     options.encoding = encoding
     options.log_errors = False
     options.never_capture = True
-    options.max_mem = 64 << 20
+    options.max_mem = 32 << 20
     return options
 
 
