@@ -17,7 +17,7 @@ import structlog
 from creatify_exporter import config as config_
 from creatify_exporter.api import CAUSES, ApiError, Client
 from creatify_exporter.config import Config
-from creatify_exporter.ledger import SECOND, Book, Draft, Ledger, LedgerError, Policy
+from creatify_exporter.ledger import SECOND, Book, Draft, Ledger, LedgerError, LedgerMissingError, Policy
 from creatify_exporter.listing import Listing, ModelLabels
 from creatify_exporter.metrics import ExporterView, WorkspaceView, render
 from creatify_exporter.reasons import Classifier, Report
@@ -263,9 +263,9 @@ class Workspace:
     def _list(self, settings: Settings) -> Outcome:
         started = self._clock.monotonic()
         listing = Listing()
-        error = ledger_error = None
-        draft = self._book.draft()
+        error = ledger_error = draft = None
         try:
+            draft = self._book.draft()
             read = TaskReader(settings.classify)
             stream = self._client.tasks()
             for batch in stream:
@@ -293,8 +293,12 @@ class Workspace:
                 self._book.commit(draft, listing.models, settings.policy, self._clock.microseconds())
             else:
                 self._book.read()
+        except LedgerMissingError:
+            return None  # only a reader meets this, and it shows the ledger if there is one
         except LedgerError as error:
             return error
+        except Exception as error:  # noqa: BLE001 - or nobody would ever end the round
+            return LedgerError(f"the listing could not be recorded ({type(error).__name__})")
         return None
 
     def _settle(self, settings: Settings) -> None:
@@ -307,6 +311,9 @@ class Workspace:
         except ApiError as error:
             _log.debug("balance not read", workspace=self.name, cause=error.cause, status=error.status)
             return error
+        except Exception as failure:  # noqa: BLE001 - as with the list
+            _log.debug("balance not read", workspace=self.name, error=type(failure).__name__)
+            return ApiError("payload", "the balance could not be read")
 
     def _in_thread(self, work: Callable[[], T], take: Callable[[T], None]) -> None:
         """Run `work` in a thread of its own, and `take` its result in the event loop."""

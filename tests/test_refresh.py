@@ -1,0 +1,722 @@
+"""Single flight, deadlines, freshness, reloads: the exporter in this process, a real API and ledger, no real clock."""
+
+import asyncio
+import functools
+import sqlite3
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any, ParamSpec
+
+import pytest
+import structlog
+from structlog.testing import capture_logs
+
+from creatify_exporter.api import Client
+from creatify_exporter.config import Config
+from creatify_exporter.ledger import Book, Ledger
+from creatify_exporter.refresh import Clock, Exporter, WorkspaceState, reasons_report
+from creatify_exporter.tasks import TaskReader
+from tests.support.exporter import Scrape, parse
+from tests.support.upstream import Exchange, Upstream, task, tasks
+
+P = ParamSpec("P")
+NOW = "2025-10-09T08:53:20Z"
+UP = "creatify_up"
+SUBMITTED = "creatify_text_generator_tasks_submitted_total"
+TASKS = "creatify_text_generator_tasks"
+ERRORS = "creatify_exporter_listing_errors_total"
+BALANCE = "creatify_remaining_credits"
+
+
+def asynchronous(test: Callable[P, Awaitable[None]]) -> Callable[P, None]:
+    """Run a test in an event loop of its own."""
+
+    @functools.wraps(test)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        async def whole() -> None:
+            await test(*args, **kwargs)
+
+        asyncio.run(asyncio.wait_for(whole(), 60))
+
+    return run
+
+
+async def until(check: Callable[[], bool]) -> None:
+    """Let the others work until it is so."""
+    deadline = time.monotonic() + 20
+    while not check():
+        assert time.monotonic() < deadline, "not in time"
+        await asyncio.sleep(0.005)
+
+
+class Gate:
+    """An answer that is held back until the gate is opened."""
+
+    def __init__(self, answer: Callable[[Exchange], None]) -> None:
+        self._answer, self._opened = answer, threading.Event()
+
+    def __call__(self, exchange: Exchange) -> None:
+        while not self._opened.wait(0.01) and not exchange.upstream.ended.is_set():
+            pass
+        self._answer(exchange)
+
+    def open(self) -> None:
+        self._opened.set()
+
+
+def refuse(status: int, **headers: str) -> Callable[[Exchange], None]:
+    return lambda exchange: exchange.reply({"detail": "upstream's own words"}, status, **headers)
+
+
+class Scene:
+    """An exporter on a stage: its API, its ledger file, and the time, which passes when told to."""
+
+    def __init__(self, api: Upstream, directory: Path) -> None:
+        self.api, self.seconds, self.path = api, 0.0, directory / "ledger.db"
+        self.clock = Clock(now=lambda: 1_760_000_000 + self.seconds, monotonic=lambda: 5000 + self.seconds)
+        self.ledger = Ledger(f"sqlite:///{self.path}")
+        self.exporters: list[Exporter] = []
+
+    def config(self, *names: str, **sections: Any) -> Config:
+        return Config.model_validate(self.api.config(*names, **sections))
+
+    def start(self, *names: str, writes: bool = True, **sections: Any) -> Exporter:
+        exporter = Exporter(
+            self.config(*names, **sections),
+            self.ledger,
+            version="1",
+            revision="r",
+            clock=self.clock,
+            writes=writes,
+        )
+        self.exporters.append(exporter)
+        return exporter
+
+    async def scrape(self, *names: str, timeout: float = 30) -> Scrape:
+        return parse((await self.exporters[-1].scrape(frozenset(names) or None, timeout, False)).decode())
+
+    def on_ledger(self, statement: str) -> None:
+        connection = sqlite3.connect(self.path)
+        with connection:
+            connection.execute(statement)
+        connection.close()
+
+
+@pytest.fixture
+def api() -> Iterator[Upstream]:
+    with Upstream(w=tasks(task())) as api:
+        yield api
+
+
+@pytest.fixture
+def scene(api: Upstream, tmp_path: Path) -> Iterator[Scene]:
+    structlog.reset_defaults()
+    scene = Scene(api, tmp_path)
+    yield scene
+    for exporter in scene.exporters:
+        exporter.stop()
+    scene.ledger.close()
+
+
+def listed(scrape: Scrape, workspace: str = "w") -> float | None:
+    return scrape.value(TASKS, workspace=workspace, status="done")
+
+
+def errors(scrape: Scrape, workspace: str = "w") -> dict[str, float]:
+    found = scrape.values(ERRORS, "workspace", "cause")
+    return {cause: count for (name, cause), count in found.items() if name == workspace and count}
+
+
+# One at a time, and in time
+
+
+@asynchronous
+async def test_a_hundred_scrapes_at_once_cause_one_listing_and_share_one_answer(scene: Scene) -> None:
+    gate = scene.api.answers["w"] = Gate(tasks(task()))
+    exporter = scene.start()
+    scrapes = [asyncio.create_task(exporter.scrape(None, 30, False)) for _ in range(100)]
+    await until(lambda: scene.api.listings("w") == 1)
+    gate.open()
+    answers = await asyncio.gather(*scrapes)
+    assert all(answer is answers[0] for answer in answers)
+    assert (scene.api.listings("w"), scene.api.looks_at_balance("w")) == (1, 1)
+
+
+@asynchronous
+async def test_each_scrape_after_a_listing_starts_a_new_one(scene: Scene) -> None:
+    scene.start()
+    for count in (1, 2, 3):
+        scene.api.answers["w"] = tasks(*(task(number) for number in range(count)))
+        assert listed(await scene.scrape()) == count
+    assert scene.api.listings("w") == 3
+
+
+@asynchronous
+async def test_only_the_selected_workspaces_are_listed_and_shown(scene: Scene) -> None:
+    scene.api.answers |= {"v": tasks(), "u": tasks()}
+    scene.start()
+    scrape = await scene.scrape("w", "u")
+    assert scrape.values(UP, "workspace") == {("w",): 1, ("u",): 1}
+    assert "creatify_exporter_ledger_up" not in scrape.families
+    assert scene.api.listings("v") == 0
+    assert set((await scene.scrape()).values(UP, "workspace")) == {("w",), ("v",), ("u",)}
+
+
+@asynchronous
+async def test_workspaces_are_listed_in_parallel_and_a_slow_one_takes_nothing_from_the_others(scene: Scene) -> None:
+    gate = Gate(tasks(task()))
+    scene.api.answers = {"slow": gate, "w": tasks(task())}
+    scene.start()
+    scrape = await scene.scrape(timeout=0.3)
+    assert scrape.values(UP, "workspace") == {("slow",): 0, ("w",): 1}
+    gate.open()
+    assert (await scene.scrape()).values(UP, "workspace") == {("slow",): 1, ("w",): 1}
+
+
+@asynchronous
+async def test_an_answer_is_in_time_with_the_last_good_values_and_the_running_listing_becomes_the_newest(
+    scene: Scene,
+) -> None:
+    exporter = scene.start()
+    await scene.scrape()
+    second = scene.api.answers["w"] = Gate(tasks(task(1), task(2, created_at=NOW)))
+    for _ in range(2):  # the second scrape joins the same listing
+        started = time.monotonic()
+        scrape = await scene.scrape(timeout=0.1)
+        assert time.monotonic() - started < 5
+        assert (listed(scrape), scrape.value(UP), scrape.value(SUBMITTED)) == (1, 1, 0)
+    assert scene.api.listings("w") == 2
+    scene.seconds = 9
+    third = scene.api.answers["w"] = Gate(tasks())
+    second.open()
+    await until(lambda: exporter.workspaces()[0].age == 0)
+    scrape = await scene.scrape(timeout=0.1)
+    assert (listed(scrape), scrape.value(SUBMITTED), scene.api.listings("w")) == (2, 1, 3)
+    third.open()
+
+
+@asynchronous
+async def test_before_the_first_listing_is_done_nothing_is_claimed(scene: Scene) -> None:
+    gate = scene.api.answers["w"] = Gate(tasks(task()))
+    exporter = scene.start()
+    assert exporter.workspaces() == [WorkspaceState("w", None, None, None)]
+    scrape = await scene.scrape(timeout=0.05)
+    assert scrape.value(UP) == 0
+    assert not {name for name in scrape.families if "generator" in name or "ledger_tasks" in name}
+    gate.open()
+    assert (await scene.scrape()).value(UP) == 1
+    assert exporter.workspaces() == [WorkspaceState("w", True, 0, None)]
+
+
+@asynchronous
+async def test_no_new_listing_starts_within_the_minimum_interval_after_the_start_of_the_last(scene: Scene) -> None:
+    scene.start(listing={"min_interval": "30s"})
+    gate = scene.api.answers["w"] = Gate(tasks(task()))
+    first = asyncio.create_task(scene.scrape())
+    await until(lambda: scene.api.listings("w") == 1)
+    scene.seconds = 20  # the listing takes 20 of the 30 seconds
+    gate.open()
+    assert (await first).value("creatify_exporter_listing_duration_seconds") == 20
+    scene.seconds = 29.9
+    scrape = await scene.scrape()
+    assert (listed(scrape), scene.api.listings("w"), scrape.value(BALANCE)) == (1, 1, 7)
+    scene.seconds = 30
+    await scene.scrape()
+    assert (scene.api.listings("w"), scene.api.looks_at_balance("w")) == (2, 2)
+
+
+@asynchronous
+async def test_a_listing_that_is_older_than_the_maximum_age_is_no_longer_shown_and_counters_stay(scene: Scene) -> None:
+    exporter = scene.start(listing={"max_age": "1m"})
+    await scene.scrape()
+    gate = scene.api.answers["w"] = Gate(tasks())
+    scene.seconds = 60
+    assert (await scene.scrape(timeout=0.05)).value(UP) == 1
+    scene.seconds = 60.125
+    scrape = await scene.scrape(timeout=0.05)
+    assert (scrape.value(UP), listed(scrape), scrape.value(SUBMITTED)) == (0, None, 0)
+    assert scrape.value("creatify_exporter_last_success_timestamp_seconds") == 1_760_000_000
+    assert exporter.workspaces() == [WorkspaceState("w", False, 60.125, None)]
+    gate.open()
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "held"),
+    [
+        (429, {"Retry_After": "120"}, 120),
+        (429, {}, 30),
+        (429, {"Retry_After": "soon"}, 30),
+        (429, {"Retry_After": "86400"}, 300),
+        (429, {"Retry_After": "0"}, 0),
+        (503, {"Retry_After": "60"}, 60),
+        (503, {}, 0),
+        (500, {"Retry_After": "60"}, 0),
+    ],
+)
+@asynchronous
+async def test_a_refused_list_holds_back_listing_and_balance_and_suppressed_scrapes_count_no_error(
+    scene: Scene, status: int, headers: dict[str, str], held: int
+) -> None:
+    scene.start()
+    scene.api.answers["w"] = refuse(status, **headers)
+    await scene.scrape()
+    if held:
+        for scene.seconds in (0, held / 2, held - 0.001):
+            scrape = await scene.scrape()
+            assert (scrape.value(UP), scrape.value(BALANCE)) == (0, None)
+            assert errors(scrape) == {"rate_limited" if status == 429 else "http": 1}
+        assert (scene.api.listings("w"), scene.api.looks_at_balance("w")) == (1, 1)
+    scene.seconds = held
+    scene.api.answers["w"] = tasks(task())
+    scrape = await scene.scrape()
+    assert (scrape.value(UP), scene.api.listings("w"), scene.api.looks_at_balance("w")) == (1, 2, 2)
+
+
+@asynchronous
+async def test_a_refused_balance_holds_back_no_listing(scene: Scene) -> None:
+    scene.start()
+    scene.api.balances["w"] = refuse(429, Retry_After="60")
+    for scene.seconds in (0, 30, 59.9):
+        scrape = await scene.scrape()
+        assert (scrape.value(UP), scrape.value(BALANCE), errors(scrape)) == (1, None, {})
+    assert (scene.api.listings("w"), scene.api.looks_at_balance("w")) == (3, 1)
+    del scene.api.balances["w"]
+    scene.seconds = 60
+    await scene.scrape()
+    assert scene.api.looks_at_balance("w") == 2
+
+
+# The balance
+
+
+@asynchronous
+async def test_a_balance_that_hangs_delays_no_answer(scene: Scene) -> None:
+    scene.start()
+    gate = scene.api.balances["w"] = Gate(lambda exchange: exchange.reply({"remaining_credits": 7}))
+    scrape = await scene.scrape()
+    assert (scrape.value(UP), scrape.value(BALANCE)) == (1, None)
+    gate.open()
+
+
+@asynchronous
+async def test_a_balance_is_shown_only_when_it_was_read_in_this_scrape(scene: Scene) -> None:
+    scene.start()
+
+    def after_the_balance(exchange: Exchange) -> None:
+        asked = scene.api.looks_at_balance("w")
+        while not answered.get(asked) and not exchange.upstream.ended.wait(0.01):
+            pass
+        tasks(task())(exchange)
+
+    answered: dict[int, bool] = {}
+
+    def look(answer: Callable[[Exchange], None]) -> Callable[[Exchange], None]:
+        def reply(exchange: Exchange) -> None:
+            answer(exchange)
+            answered[scene.api.looks_at_balance("w")] = True
+
+        return reply
+
+    scene.api.answers["w"] = after_the_balance
+    scene.api.balances["w"] = look(lambda exchange: exchange.reply({"remaining_credits": 7.5}))
+    await scene.scrape()
+    scene.api.balances["w"] = look(refuse(500))
+    scrape = await scene.scrape()
+    assert (scrape.value(BALANCE), scrape.value(UP), errors(scrape)) == (None, 1, {})
+    requests = scrape.values("creatify_exporter_api_requests_total", "endpoint", "code")
+    assert requests == {
+        ("text_generator", "200"): 2,
+        ("remaining_credits", "200"): 1,
+        ("remaining_credits", "500"): 1,
+    }
+
+
+@asynchronous
+async def test_a_balance_that_nobody_wants_is_not_asked_for(scene: Scene) -> None:
+    scene.start(api={"remaining_credits": False})
+    assert (await scene.scrape()).value(BALANCE) is None
+    assert scene.api.looks_at_balance("w") == 0
+
+
+# What goes wrong
+
+
+@asynchronous
+async def test_a_failed_listing_keeps_the_counters_and_harms_no_other_workspace(scene: Scene) -> None:
+    scene.api.answers["v"] = tasks()
+    exporter = scene.start()
+    await scene.scrape()
+    scene.api.answers["w"] = tasks(task(), task(2, created_at=NOW))
+    await scene.scrape()
+    scene.api.answers["w"] = refuse(500)
+    for count in (1, 2):
+        scrape = await scene.scrape()
+        assert scrape.values(UP, "workspace") == {("w",): 0, ("v",): 1}
+        assert scrape.value(SUBMITTED, workspace="w") == 1
+        assert listed(scrape) is None
+        assert (errors(scrape), errors(scrape, "v")) == ({"http": count}, {})
+        assert scrape.value("creatify_exporter_last_success_timestamp_seconds", workspace="w") == 1_760_000_000
+    assert exporter.workspaces()[0] == WorkspaceState("w", False, 0, "http")
+
+
+@asynchronous
+async def test_what_a_listing_counts_is_seen_after_the_next_good_one(scene: Scene) -> None:
+    scene.start()
+    await scene.scrape()
+    scene.api.answers["w"] = lambda exchange: exchange.reply(b'[{"id": "cut", "model_name": "m"}, {"id"')
+    scrape = await scene.scrape()
+    assert (errors(scrape), scrape.value("creatify_exporter_ledger_tasks")) == ({"payload": 1}, 1)
+    scene.api.answers["w"] = tasks({"id": "cut", "model_name": "m"})
+    assert (await scene.scrape()).value(SUBMITTED) == 1
+
+
+@asynchronous
+async def test_a_ledger_that_fails_leaves_the_workspace_up_and_the_next_listing_catches_up(scene: Scene) -> None:
+    scene.start()
+    await scene.scrape()
+    scene.on_ledger("CREATE TRIGGER full BEFORE INSERT ON tasks BEGIN SELECT RAISE(ABORT, 'disk is full'); END")
+    scene.api.answers["w"] = tasks(task(), task(2, created_at=NOW))
+    with capture_logs() as logs:
+        for count in (1, 2):
+            scrape = await scene.scrape()
+            assert (scrape.value(UP), listed(scrape), scrape.value(SUBMITTED)) == (1, 2, 0)
+            assert errors(scrape) == {"ledger": count}
+            assert scrape.value("creatify_exporter_ledger_up") == 0
+        scene.on_ledger("DROP TRIGGER full")
+        scrape = await scene.scrape()
+    assert (scrape.value(SUBMITTED), scrape.value("creatify_exporter_ledger_up"), errors(scrape)) == (
+        1,
+        1,
+        {"ledger": 2},
+    )
+    assert scene.exporters[0].ready()
+    assert [(one["event"], one["log_level"]) for one in logs] == [
+        ("the ledger cannot record", "error"),
+        ("the ledger records again", "info"),
+    ]
+
+
+@asynchronous
+async def test_a_ledger_and_a_list_that_fail_together_count_one_error(scene: Scene) -> None:
+    scene.start()
+    await scene.scrape()
+    scene.on_ledger("ALTER TABLE workspaces RENAME TO elsewhere")
+    scene.api.answers["w"] = refuse(500)
+    scrape = await scene.scrape()
+    assert (errors(scrape), scrape.value("creatify_exporter_ledger_up")) == ({"http": 1}, 0)
+    assert scrape.value(SUBMITTED) == 0
+    scene.on_ledger("ALTER TABLE elsewhere RENAME TO workspaces")
+
+
+@asynchronous
+async def test_a_ledger_that_is_not_there_yet_shows_gauges_and_no_counter(scene: Scene, tmp_path: Path) -> None:
+    scene.ledger.close()
+    scene.ledger = Ledger(f"sqlite:///{tmp_path}/later/ledger.db")
+    scene.start()
+    scrape = await scene.scrape()
+    assert (scrape.value(UP), listed(scrape), errors(scrape)) == (1, 1, {"ledger": 1})
+    assert not {
+        name for name in scrape.families if "submitted" in name or "credits_used" in name or "tasks_finished" in name
+    }
+    (tmp_path / "later").mkdir()
+    assert (await scene.scrape()).value(SUBMITTED) == 0
+
+
+@asynchronous
+async def test_an_exporter_that_only_reads_shows_the_ledger_and_changes_nothing(scene: Scene) -> None:
+    scene.start()
+    await scene.scrape()
+    scene.api.answers["w"] = tasks(task(), task(2, created_at=NOW))
+    scene.start(writes=False)
+    scrape = await scene.scrape()
+    assert (listed(scrape), scrape.value(SUBMITTED), scrape.value("creatify_exporter_ledger_tasks")) == (2, 0, 1)
+    assert errors(scrape) == {}
+
+
+@asynchronous
+async def test_a_reader_without_a_ledger_misses_nothing_but_the_counters(scene: Scene, tmp_path: Path) -> None:
+    scene.ledger = Ledger(f"sqlite:///{tmp_path}/none.db", read_only=True)
+    scene.start(writes=False)
+    with capture_logs() as logs:
+        scrape = await scene.scrape()
+    assert (scrape.value(UP), errors(scrape), logs) == (1, {}, [])
+
+
+@pytest.mark.parametrize("place", ["read", "draft", "commit"])
+@asynchronous
+async def test_a_mistake_of_ours_fails_its_workspace_and_nothing_else(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    scene.api.answers["v"] = tasks(task(model_name="wrong"))
+    scene.start()
+    await scene.scrape()
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("words of upstream")
+
+    with monkeypatch.context() as patch, capture_logs() as logs:
+        if place == "read":
+            read = TaskReader.__call__
+            patch.setattr(
+                TaskReader,
+                "__call__",
+                lambda self, record: fail() if record.model_name == "wrong" else read(self, record),
+            )
+        else:
+            former = getattr(Book, place)
+            broken = scene.ledger.book("v")
+            patch.setattr(Book, place, lambda self, *args: fail() if self is broken else former(self, *args))
+        scrape = await scene.scrape()
+        assert scrape.value(UP, workspace="w") == 1
+        assert sum(errors(scrape, "v").values()) == 1
+        assert errors(scrape) == {}
+        assert "words of upstream" not in str(logs)
+        assert "RuntimeError" in str(logs)
+    scrape = await scene.scrape()
+    assert scrape.values(UP, "workspace") == {("w",): 1, ("v",): 1}
+
+
+@asynchronous
+async def test_a_mistake_of_ours_with_the_balance_takes_the_balance_alone(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene.start()
+
+    def fail(_: object) -> None:
+        raise RuntimeError
+
+    monkeypatch.setattr(Client, "remaining_credits", fail)
+    scrape = await scene.scrape()
+    assert (scrape.value(UP), scrape.value(BALANCE)) == (1, None)
+
+
+@asynchronous
+async def test_failure_and_recovery_are_logged_in_our_own_words(scene: Scene) -> None:
+    scene.start()
+    with capture_logs() as logs:
+        await scene.scrape()
+        scene.api.answers["w"] = refuse(500)
+        await scene.scrape()
+        scene.api.answers["w"] = tasks(task())
+        await scene.scrape()
+        await scene.scrape()
+    assert logs == [
+        {
+            "event": "listing failed",
+            "log_level": "warning",
+            "workspace": "w",
+            "cause": "http",
+            "status": 500,
+            "error": "the API answered HTTP 500",
+        },
+        {"event": "listing works again", "log_level": "info", "workspace": "w"},
+    ]
+
+
+@pytest.mark.parametrize(("unknown", "hints"), [(1, 0), (2, 1)])
+@asynchronous
+async def test_a_hint_about_unknown_reasons_is_logged_once(scene: Scene, unknown: int, hints: int) -> None:
+    texts = ["zxcvb qwert"] * unknown + ["429 RESOURCE_EXHAUSTED"] * 4
+    scene.api.answers["w"] = tasks(
+        *(task(number, status="failed", failed_reason=text) for number, text in enumerate(texts))
+    )
+    scene.start()
+    with capture_logs() as logs:
+        await scene.scrape()
+        await scene.scrape()
+    assert [one["share"] for one in logs if "--reasons" in one["event"]] == [0.33] * hints
+
+
+# Reloads and the end
+
+
+@asynchronous
+async def test_a_reload_with_the_same_credentials_keeps_the_running_listing_and_takes_the_new_settings(
+    scene: Scene,
+) -> None:
+    exporter = scene.start()
+    gate = scene.api.answers["w"] = Gate(tasks(task()))
+    waiting = asyncio.create_task(scene.scrape())
+    await until(lambda: scene.api.listings("w") == 1)
+    exporter.configure(
+        scene.config(listing={"min_interval": "1m"}, failure_reasons={"rules": [{"reason": "brand", "match": "x"}]})
+    )
+    gate.open()
+    assert listed(await waiting) == 1
+    await scene.scrape()
+    assert scene.api.listings("w") == 1
+    scene.seconds = 60
+    scrape = await scene.scrape()
+    assert scrape.value("creatify_text_generator_failures_total", reason="brand") == 0
+
+
+@pytest.mark.parametrize("change", ["credentials", "API"])
+@asynchronous
+async def test_what_was_listed_under_other_credentials_or_another_api_is_discarded(scene: Scene, change: str) -> None:
+    exporter = scene.start()
+    gate = scene.api.answers["w"] = Gate(tasks(task(7), task(8)))
+    waiting = asyncio.create_task(scene.scrape())
+    await until(lambda: scene.api.listings("w") == 1)
+    config = scene.config()
+    if change == "API":
+        config = scene.config(api={"base_url": scene.api.url.replace("127.0.0.1", "localhost")})
+    else:
+        (workspace,) = scene.config().workspaces
+        other = scene.config("other").workspaces[0].api_key
+        config = config.model_copy(update={"workspaces": (workspace.model_copy(update={"api_key": other}),)})
+    with capture_logs() as logs:
+        exporter.configure(config)
+        assert (await waiting).value(UP) == 0
+        scene.api.answers["w"] = tasks(task(1))
+        gate.open()
+        scrape = await scene.scrape()
+    assert (listed(scrape), scrape.value("creatify_exporter_ledger_tasks"), errors(scrape)) == (1, 1, {})
+    assert logs == []
+
+
+@asynchronous
+async def test_a_workspace_that_goes_and_comes_back_keeps_its_counters(scene: Scene) -> None:
+    scene.api.answers["v"] = tasks()
+    exporter = scene.start()
+    await scene.scrape()
+    scene.api.answers["w"] = tasks(task(), task(2, created_at=NOW))
+    await scene.scrape()
+    scene.seconds = 5
+    exporter.configure(scene.config("v"))
+    scrape = await scene.scrape()
+    assert not {labels for labels in scrape.text.splitlines() if 'workspace="w"' in labels}
+    assert [one.name for one in exporter.workspaces()] == ["v"]
+    assert scrape.value("creatify_exporter_config_last_reload_success_timestamp_seconds") == 1_760_000_005
+    exporter.configure(scene.config())
+    scrape = await scene.scrape()
+    assert scrape.value(SUBMITTED, workspace="w") == 1
+    # What this process counted goes on, too: a counter that fell would look like a restart.
+    requests = scrape.values("creatify_exporter_api_requests_total", "workspace", "endpoint", "code")
+    assert requests["w", "text_generator", "200"] == 3
+
+
+@asynchronous
+async def test_a_refused_reload_is_told_until_one_succeeds(scene: Scene) -> None:
+    exporter = scene.start()
+    scene.seconds = 5
+    exporter.reload_failed()
+    scrape = await scene.scrape()
+    assert scrape.value("creatify_exporter_config_last_reload_successful") == 0
+    assert scrape.value("creatify_exporter_config_last_reload_success_timestamp_seconds") == 1_760_000_000
+    exporter.configure(scene.config())
+    assert (await scene.scrape()).value("creatify_exporter_config_last_reload_successful") == 1
+
+
+@asynchronous
+async def test_at_the_end_waiting_scrapes_get_what_is_there(scene: Scene) -> None:
+    exporter = scene.start()
+    await scene.scrape()
+    scene.api.answers["w"] = Gate(tasks())
+    waiting = [asyncio.create_task(scene.scrape()) for _ in range(5)]
+    await until(lambda: scene.api.listings("w") == 2)
+    exporter.stop()
+    for scrape in await asyncio.gather(*waiting):
+        assert (listed(scrape), scrape.value(UP), scrape.value(SUBMITTED)) == (1, 1, 0)
+    assert listed(await scene.scrape()) == 1
+    assert scene.api.listings("w") == 2
+
+
+# Answers
+
+
+@asynchronous
+async def test_scrapes_that_get_the_same_answer_share_one_rendering_for_a_second(scene: Scene) -> None:
+    exporter = scene.start(listing={"min_interval": "1m"})
+    await exporter.scrape(None, 30, False)  # after it, series may show their values
+    first = await exporter.scrape(None, 30, False)
+    assert await exporter.scrape(None, 30, False) is first
+    assert await exporter.scrape(None, 30, True) is not first
+    scene.seconds = 1
+    assert await exporter.scrape(None, 30, False) is not first
+
+
+@asynchronous
+async def test_many_different_selections_take_no_more_memory(scene: Scene) -> None:
+    names = [f"w{number}" for number in range(40)]
+    scene.api.answers = dict.fromkeys(names, tasks())
+    exporter = scene.start(listing={"min_interval": "1m"})
+    for name in names:
+        assert f'creatify_up{{workspace="{name}"}} 1.0'.encode() in await exporter.scrape(frozenset([name]), 30, False)
+    assert await exporter.scrape(frozenset(names[-1:]), 30, False) is await exporter.scrape(
+        frozenset(names[-1:]), 30, False
+    )
+
+
+@asynchronous
+async def test_a_series_held_at_0_shows_its_value_in_time_even_when_no_listing_may_start(scene: Scene) -> None:
+    scene.api.answers["w"] = tasks()
+    scene.start(exposition={"zero_hold": "1m"}, listing={"min_interval": "5m"})
+    await scene.scrape()
+    scene.api.answers["w"] = tasks(task(created_at=NOW))
+    for scene.seconds, value in (300.0, 0), (359.9, 0), (360.0, 1), (361.0, 1):
+        scrape = await scene.scrape()
+        assert scrape.value(SUBMITTED) == value
+        assert scrape.value(BALANCE) == 7
+    assert scene.api.listings("w") == 2
+
+
+@asynchronous
+async def test_a_series_held_at_0_shows_its_value_in_time_while_the_api_refuses(scene: Scene) -> None:
+    scene.api.answers["w"] = tasks()
+    scene.start(exposition={"zero_hold": "1m"})
+    await scene.scrape()
+    scene.api.answers["w"] = tasks(task(created_at=NOW))
+    assert (await scene.scrape()).value(SUBMITTED) == 0
+    scene.seconds = 30
+    scene.api.answers["w"] = refuse(429, Retry_After="300")
+    assert (await scene.scrape()).value(SUBMITTED) == 0
+    scene.seconds = 61
+    assert (await scene.scrape()).value(SUBMITTED) == 1
+    assert scene.api.listings("w") == 3
+
+
+@asynchronous
+async def test_a_ledger_that_fails_while_no_listing_may_start_is_no_error_of_a_listing(scene: Scene) -> None:
+    scene.start(listing={"min_interval": "5m"}, exposition={"zero_hold": "1m"})
+    await scene.scrape()
+    scene.on_ledger("ALTER TABLE totals RENAME TO elsewhere")
+    with capture_logs() as logs:
+        scrape = await scene.scrape()
+    assert (scrape.value(SUBMITTED), errors(scrape), [one["log_level"] for one in logs]) == (0, {}, ["debug"])
+    scene.on_ledger("ALTER TABLE elsewhere RENAME TO totals")
+
+
+# --reasons
+
+
+def test_the_report_counts_failed_tasks_once_and_masks_their_texts(scene: Scene) -> None:
+    scene.api.answers["w"] = tasks(
+        task(1, status="failed", failed_reason="the zxcvb broke at 12345"),
+        task(1, status="failed", failed_reason="the zxcvb broke at 12345"),
+        task(2, status="failed", failed_reason="429 RESOURCE_EXHAUSTED"),
+        task(3, status="failed", failed_reason="our own rule"),
+        task(4, failed_reason="not failed"),
+        {"id": "not usable!", "status": "failed"},
+        None,
+    )
+    rules = {"rules": [{"reason": "ours", "match": "own rule"}]}
+    report, complete = reasons_report(scene.config(failure_reasons=rules))
+    assert complete
+    lines = [line.split() for line in report.splitlines()]
+    assert {line[0]: line[1] for line in lines[1:]} == {"other": "1", "quota_exceeded": "1", "ours": "1"}
+    assert "the zxcvb broke at <n>" in report
+    assert "12345" not in report
+
+
+def test_a_report_without_one_workspace_says_so(scene: Scene) -> None:
+    scene.api.answers = {"broken": refuse(403), "w": tasks(task(1, status="failed"))}
+    with capture_logs() as logs:
+        report, complete = reasons_report(scene.config())
+    assert not complete
+    assert "unspecified" in report
+    assert [(one["event"], one["workspace"], one["cause"]) for one in logs] == [("listing failed", "broken", "auth")]
