@@ -287,7 +287,7 @@ def test_every_command_exists_and_names_things_that_exist(block: Block) -> None:
 
 
 def test_every_block_is_of_a_kind_that_is_checked() -> None:
-    kinds = {"sh", "yaml", "promql", "sql", "python", "json", "text"}
+    kinds = {"sh", "yaml", "promql", "sql", "python", "json", "text", ""}
     assert [(str(block), block.kind) for block in blocks() if block.kind not in kinds] == []
 
 
