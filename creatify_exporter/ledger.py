@@ -12,7 +12,6 @@ Times are microseconds since the epoch, credits billionths, durations microsecon
 
 import os
 import re
-import struct
 import threading
 from array import array
 from bisect import bisect_left
@@ -22,6 +21,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import msgspec
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Connection, Row
@@ -64,6 +64,9 @@ _tasks = sa.Table(
     sa.Column("unlisted_since", sa.BigInteger),
     sqlite_with_rowid=False,
 )
+_INSERT_TASK = {
+    name: re.sub(r":\w+", mark, str(sa.insert(_tasks))) for name, mark in (("sqlite", "?"), ("postgresql", "%s"))
+}
 _unlisted = _tasks.c.unlisted_since.is_not(None)
 sa.Index(
     "tasks_unlisted",
@@ -172,10 +175,15 @@ class _Known:
     def forget(self, task_id: str) -> None:
         self._free.append(self.slots.pop(task_id))
 
+    def replace(self, slots: dict[str, int], states: "array[int]") -> None:
+        self.slots, self.states = slots, states
+        self._free.clear()
 
-class _Change(NamedTuple):
+
+class _Change(msgspec.Struct, gc=False):
     """What the ledger has to hear about one task; an absent time is None."""
 
+    id: str
     model: str
     status: str
     reason: str | None
@@ -183,61 +191,61 @@ class _Change(NamedTuple):
     created: int | None
     duration: int | None
 
-    @property
-    def state(self) -> int:
-        return self.credits << 1 | (self.status in FINISHED)
-
 
 class Draft:
-    """What one listing would change in the ledger; nothing is written before `Book.record`."""
+    """What one listing would change in the ledger; nothing is written before `Book.commit`."""
 
-    _PACKED = struct.Struct("<qqqI")
     _ABSENT = -(2**63)
 
     def __init__(self, known: _Known, unreadable: LedgerError | None = None) -> None:
         self.known = known
         self.unreadable = unreadable
         self._seen = bytearray(len(known.states))
-        self._packed: dict[str, bytes] = {}
-        # Whole objects for a million new tasks would take three times the memory.
+        # The tasks that are news, by column: as whole objects a million would take three times the memory.
+        self._news: dict[str, int] = {}
+        self._credits, self._created, self._duration, self._word = array("q"), array("q"), array("q"), array("I")
         self._words: dict[tuple[str, str, str | None], int] = {}
+        self._order: list[str] = []
 
     def add(self, task: Task) -> bool:
         """Take in one listed task; return False when this listing had its id before."""
-        state = task.credits << 1 | (task.status in FINISHED)
         slot = self.known.slots.get(task.id)
         if slot is None:
-            if task.id in self._packed:
+            if task.id in self._news:
                 return False
         else:
             if self._seen[slot]:
                 return False
             self._seen[slot] = 1
+            state = task.credits << 1 | (task.status in FINISHED)
             before = self.known.states[slot]
             if state == before or (state >> 1 <= before >> 1 and state & 1 <= before & 1):
                 return True
-        created, duration = task.created(), task.duration()
-        self._packed[task.id] = self._PACKED.pack(
-            task.credits,
-            self._ABSENT if created is None else created,
-            self._ABSENT if duration is None else duration,
-            self._words.setdefault((task.model, task.status, task.reason), len(self._words)),
-        )
+        created, duration = task.times()
+        self._news[task.id] = len(self._news)
+        self._credits.append(task.credits)
+        self._created.append(self._ABSENT if created is None else created)
+        self._duration.append(self._ABSENT if duration is None else duration)
+        self._word.append(self._words.setdefault((task.model, task.status, task.reason), len(self._words)))
         return True
 
-    def changes(self) -> Iterator[list[tuple[str, _Change]]]:
-        """Return the tasks whose state is news, in chunks, in the order of the listing."""
-        words = list(self._words)
-        chunk = []
-        for task_id, packed in self._packed.items():
-            credits_, *times, word = self._PACKED.unpack(packed)
-            model, status, reason = words[word]
-            created, duration = (None if time == self._ABSENT else time for time in times)
-            chunk.append((task_id, _Change(model, status, reason, credits_, created, duration)))
-            if len(chunk) == _CHUNK:
-                yield chunk
-                chunk = []
-        if chunk:
+    def changes(self) -> Iterator[list[_Change]]:
+        """Return the tasks whose state is news, in chunks, by id: so a B-tree takes them in half the time."""
+        words, self._order = list(self._words), sorted(self._news)
+        for ids in _chunks(self._order):
+            chunk = []
+            for task_id in ids:
+                row = self._news[task_id]
+                created, duration = self._created[row], self._duration[row]
+                chunk.append(
+                    _Change(
+                        task_id,
+                        *words[self._word[row]],
+                        self._credits[row],
+                        None if created == self._ABSENT else created,
+                        None if duration == self._ABSENT else duration,
+                    )
+                )
             yield chunk
 
     def left(self) -> list[str]:
@@ -246,17 +254,22 @@ class Draft:
             return []
         return [task_id for task_id, slot in self.known.slots.items() if not self._seen[slot]]
 
-    def committed(self, left: Iterable[str], states: Mapping[str, int]) -> None:
-        """Remember what the ledger holds from now on."""
+    def committed(self, left: Iterable[str], states: "array[int]") -> None:
+        """Remember what the ledger holds from now on; `states` are those of the changes, in their order."""
         for task_id in left:
             self.known.forget(task_id)
-        for task_id, state in states.items():
-            self.known.set(task_id, state)
+        if self.known.slots:
+            for task_id, state in zip(self._order, states, strict=True):
+                self.known.set(task_id, state)
+        else:  # a million ids are not held twice
+            for slot, task_id in enumerate(self._order):
+                self._news[task_id] = slot
+            self.known.replace(self._news, states)
 
     def lists(self, task_id: str) -> bool:
         """Return whether this listing had the task."""
         slot = self.known.slots.get(task_id)
-        return task_id in self._packed or (slot is not None and bool(self._seen[slot]))
+        return task_id in self._news or (slot is not None and bool(self._seen[slot]))
 
 
 class Ledger:
@@ -434,13 +447,14 @@ class Book:
         with self._lock:
             if draft and draft is not self._draft:
                 raise draft.unreadable or LedgerError("another listing of the workspace began meanwhile")
-            states, left = {}, []
+            states, left = array("q"), list[str]()
             with self._ledger.transaction() as tx:
                 row = self._locked(tx)
                 recording = _Recording(tx, row, self._view(tx, row).series, policy, now)
                 if draft:
                     recording.join(models)
-                    states = {task: state for chunk in draft.changes() for task, state in recording.merge(chunk)}
+                    for chunk in draft.changes():
+                        states.extend(recording.merge(chunk))
                     left = draft.left()
                     recording.leave(left)
                     recording.prune(draft.lists)
@@ -555,40 +569,35 @@ class _Recording:
             ],
         )
 
-    def merge(self, chunk: list[tuple[str, _Change]]) -> Iterator[tuple[str, int]]:
-        """Merge listed tasks with what the ledger holds of them; yield each id with its new state."""
-        where = (_tasks.c.workspace == self._row.name) & _tasks.c.id.in_([task_id for task_id, _ in chunk])
+    def merge(self, chunk: Sequence[_Change]) -> Iterator[int]:
+        """Merge listed tasks with what the ledger holds of them; yield the new state of each."""
+        where = (_tasks.c.workspace == self._row.name) & _tasks.c.id.in_([change.id for change in chunk])
         found = {} if self._baseline else {row.id: row for row in self._tx.execute(sa.select(_tasks).where(where))}
         inserted, updated = [], []
-        for task_id, change in chunk:
-            old = found.get(task_id)
+        for change in chunk:
+            old = found.get(change.id)
             finished = change.status if change.status in FINISHED else None
             if old is None:
                 model, credits_ = self._labels(change.model), change.credits
-                inserted.append(
-                    {
-                        "id": task_id,
-                        "model": model,
-                        "finished": finished,
-                        "credits": credits_,
-                        "created": change.created,
-                    }
-                )
+                inserted.append((self._row.name, change.id, model, finished, credits_, change.created, self._now, None))
                 if self._counts(change):
                     self._added[Key(model, "submitted", "")] += 1
                     self._added[Key(model, "credits", "")] += credits_
-                    self._finish(task_id, model, change)
+                    self._finish(model, change)
             else:
                 credits_ = max(old.credits, change.credits)
                 self._added[Key(old.model, "credits", "")] += credits_ - old.credits
                 if old.finished is None:
-                    self._finish(task_id, old.model, change)
+                    self._finish(old.model, change)
                 finished = old.finished or finished
                 if (credits_, finished, None) != (old.credits, old.finished, old.unlisted_since):
-                    updated.append({"key": task_id, "credits": credits_, "finished": finished})
-            yield task_id, credits_ << 1 | (finished is not None)
-        self._tasks += len(inserted)
-        self._write(sa.insert(_tasks).values(workspace=self._row.name, first_seen=self._now), inserted)
+                    updated.append({"key": change.id, "credits": credits_, "finished": finished})
+            yield credits_ << 1 | (finished is not None)
+        if inserted:
+            # Plain rows take half the time of parameters by name.
+            self._tx.exec_driver_sql(_INSERT_TASK[self._tx.dialect.name], inserted)
+            self._tasks += len(inserted)
+            self._touched = True
         self._write(
             sa.update(_tasks)
             .where(_tasks.c.workspace == self._row.name, _tasks.c.id == sa.bindparam("key"))
@@ -602,14 +611,14 @@ class _Recording:
             return self._policy.count_existing
         return change.created is None or change.created >= self._floor
 
-    def _finish(self, task_id: str, model: str, change: _Change) -> None:
+    def _finish(self, model: str, change: _Change) -> None:
         if change.status not in FINISHED:
             return
         self._added[Key(model, "finished", change.status)] += 1
         if change.reason is not None:
             key = Key(model, "failures", change.reason)
             self._added[key] += 1
-            self._newest[key] = max(self._newest.get(key, (0, "")), (change.created or 0, task_id))
+            self._newest[key] = max(self._newest.get(key, (0, "")), (change.created or 0, change.id))
         if change.duration is not None:
             bucket = bisect_left(BUCKETS, change.duration / SECOND)
             self._added[Key(model, "bucket", f"{change.status}/{bucket}")] += 1

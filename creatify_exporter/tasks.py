@@ -61,10 +61,12 @@ class Task(msgspec.Struct, gc=False):
         """Return when the task was created, in microseconds since the epoch, or None when unknown."""
         return microseconds(self.created_at)
 
-    def duration(self) -> int | None:
-        """Return `updated_at - created_at` in microseconds, or None when unknown or negative."""
+    def times(self) -> tuple[int | None, int | None]:
+        """Return `created`, and `updated_at - created_at` in microseconds, None when unknown or negative."""
         created, updated = microseconds(self.created_at), microseconds(self.updated_at)
-        return None if created is None or updated is None or updated < created else updated - created
+        if created is None or updated is None or updated < created:
+            return created, None
+        return created, updated - created
 
 
 class TaskReader:
