@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 import msgspec
 import sqlalchemy as sa
@@ -289,7 +290,9 @@ class Ledger:
         if self._url.get_backend_name() == "sqlite":
             url = self._url
             if self._read_only and url.database:
-                url = url.set(database=f"file:{url.database}", query={"mode": "ro", "uri": "true"})
+                # A file nobody has open is read as it lies: any other way of reading leaves files beside it.
+                idle = {} if os.path.exists(f"{url.database}-wal") else {"immutable": "1"}
+                url = url.set(database=f"file:{quote(url.database)}", query={"mode": "ro", "uri": "true", **idle})
             # One connection: SQLite has one writer, and waiting for it in line is fair.
             engine = sa.create_engine(
                 url,
@@ -571,8 +574,10 @@ class _Recording:
 
     def merge(self, chunk: Sequence[_Change]) -> Iterator[int]:
         """Merge listed tasks with what the ledger holds of them; yield the new state of each."""
-        where = (_tasks.c.workspace == self._row.name) & _tasks.c.id.in_([change.id for change in chunk])
-        found = {} if self._baseline else {row.id: row for row in self._tx.execute(sa.select(_tasks).where(where))}
+        found = {}
+        if not self._baseline:
+            where = (_tasks.c.workspace == self._row.name) & _tasks.c.id.in_([change.id for change in chunk])
+            found = {row.id: row for row in self._tx.execute(sa.select(_tasks).where(where))}
         inserted, updated = [], []
         for change in chunk:
             old = found.get(change.id)
