@@ -159,28 +159,25 @@ class _Generation:
     def __init__(self, app: ASGIApp, address: tuple[str, int], tls: Tls | None, header_timeout: float) -> None:
         self._app = app
         self.leaving = False
-        try:
-            self._server = Server(
-                self._serve,
-                address=address[0],
-                port=address[1],
-                interface=Interfaces.ASGINL,
-                http=HTTPModes.http1,
-                http1_settings=HTTP1Settings(header_read_timeout=int(header_timeout * 1000), max_buffer_size=_BUFFER),
-                websockets=False,
-                backlog=_BACKLOG,
-                backpressure=_BACKLOG,
-                log_enabled=False,
-                # Without this, Granian's logging set-up would close the handlers of the whole process.
-                log_dictconfig={"incremental": True, "formatters": {}, "handlers": {}, "loggers": {}},
-                ssl_cert=tls.cert_file if tls else None,
-                ssl_key=tls.key_file if tls else None,
-                ssl_ca=tls.client_ca_file if tls else None,
-                ssl_client_verify=tls.client_auth if tls else False,
-                ssl_protocol_min=SSLProtocols.tls13 if tls and tls.min_version == "TLS13" else SSLProtocols.tls12,
-            )
-        except OSError as error:
-            raise _unusable(type(error).__name__) from None
+        self._server = Server(
+            self._serve,
+            address=address[0],
+            port=address[1],
+            interface=Interfaces.ASGINL,
+            http=HTTPModes.http1,
+            http1_settings=HTTP1Settings(header_read_timeout=int(header_timeout * 1000), max_buffer_size=_BUFFER),
+            websockets=False,
+            backlog=_BACKLOG,
+            backpressure=_BACKLOG,
+            log_enabled=False,
+            # Without this, Granian's logging set-up would close the handlers of the whole process.
+            log_dictconfig={"incremental": True, "formatters": {}, "handlers": {}, "loggers": {}},
+            ssl_cert=tls.cert_file if tls else None,
+            ssl_key=tls.key_file if tls else None,
+            ssl_ca=tls.client_ca_file if tls else None,
+            ssl_client_verify=tls.client_auth if tls else False,
+            ssl_protocol_min=SSLProtocols.tls13 if tls and tls.min_version == "TLS13" else SSLProtocols.tls12,
+        )
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def send_last(message: Message) -> None:
@@ -250,7 +247,8 @@ async def _reserve(host: str, port: int) -> socket.socket:
             found = await asyncio.get_running_loop().getaddrinfo(
                 host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
             )
-            return _bind(found[0][0], (str(found[0][4][0]), port))
+            family, *_, address = min(found, key=lambda one: one[0])  # IPv4 first, as other exporters do for localhost
+            return _bind(family, (str(address[0]), port))
         try:
             return _bind(socket.AF_INET6, ("::", port))
         except OSError as error:
