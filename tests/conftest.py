@@ -9,3 +9,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("process"):
             item.add_marker(pytest.mark.xdist_group("process"))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--soak", action="store_true", help="run the long form of the tests marked `soak`")
+
+
+@pytest.fixture
+def soak(pytestconfig: pytest.Config) -> bool:
+    """Whether the long form runs."""
+    return bool(pytestconfig.getoption("--soak"))
