@@ -11,10 +11,9 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager, suppress
 from contextvars import ContextVar
-from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from http.cookiejar import DefaultCookiePolicy
 from typing import Any
@@ -33,13 +32,13 @@ from creatify_exporter.tasks import Record
 
 CAUSES = ("auth", "rate_limited", "http", "timeout", "connection", "payload", "too_large", "ledger")
 
-_PATHS = {"text_generator": "/sse/text_generator/", "remaining_credits": "/api/remaining_credits/"}
 _CONNECT_TIMEOUT = 10.0
 _BALANCE_TIMEOUT = 10.0
 _MAX_BALANCE_SIZE = 64 * 1024
-_READ_SIZE = 256 * 1024
+_READ_SIZE = 128 * 1024
 _DECIMAL = re.compile(r"[+-]?[0-9]{1,40}(\.[0-9]{0,40})?", re.ASCII)
 _PLAIN_HOST = re.compile(r"[A-Za-z0-9.:_-]{1,100}", re.ASCII)
+_LIBRARY_ERRORS = (urllib3.exceptions.HTTPError, http.client.HTTPException, OSError, ValueError)
 
 # Its warnings quote what a server sent.
 logging.getLogger("urllib3").setLevel(logging.CRITICAL)
@@ -92,12 +91,16 @@ class Client:
 
     def remaining_credits(self) -> float:
         """Return the workspace's balance; raise ApiError."""
-        with self._call(min(self._timeout, _BALANCE_TIMEOUT)) as call:
-            body = b""
-            for chunk in self._body(call, "remaining_credits", self._base_url + _PATHS["remaining_credits"]):
+        body = bytearray()
+        url = self._base_url + "/api/remaining_credits/"
+        with (
+            self._call(min(self._timeout, _BALANCE_TIMEOUT)) as call,
+            closing(self._body(call, "remaining_credits", url)) as chunks,
+        ):
+            for chunk in chunks:
                 body += chunk
                 if len(body) > _MAX_BALANCE_SIZE:
-                    raise ApiError("payload", "the balance is longer than any balance")
+                    raise ApiError("payload", "the answer is too long for a balance")
         return _balance(body)
 
     def abort(self) -> None:
@@ -110,16 +113,17 @@ class Client:
         self._session.close()
 
     def _pages(self, stream: "TaskStream") -> Iterator[list[Record | None]]:
-        url: str | None = self._base_url + _PATHS["text_generator"]
+        url: str | None = self._base_url + "/sse/text_generator/"
         seen = set()
         with self._call(self._timeout) as call:
             while url:
                 seen.add(url)
-                page = Page(self._counted(self._body(call, "text_generator", url), stream))
-                try:
-                    yield from page
-                except MalformedBodyError as error:
-                    raise ApiError("payload", f"the list is malformed: {error}") from None
+                with closing(self._body(call, "text_generator", url)) as chunks:
+                    page = Page(self._counted(chunks, stream))
+                    try:
+                        yield from page
+                    except MalformedBodyError as error:
+                        raise ApiError("payload", f"the list is malformed: {error}") from None
                 url = page.next and _next_url(url, page.next)
                 if url in seen:
                     raise ApiError("payload", "the list links to a page that was read already")
@@ -141,7 +145,7 @@ class Client:
             self._calls.discard(call)
             call.end()
 
-    def _body(self, call: "_Call", endpoint: str, url: str) -> Iterator[bytes]:
+    def _body(self, call: "_Call", endpoint: str, url: str) -> Generator[bytes, None, None]:
         """Yield the decoded body of a 200, as it arrives; raise ApiError."""
         response = self._get(call, endpoint, url)
         try:
@@ -151,37 +155,38 @@ class Client:
                 call.check()
                 yield chunk
             call.check()
-        except (urllib3.exceptions.HTTPError, http.client.HTTPException, OSError, ValueError) as error:
-            call.check()
-            raise _failure(error) from None
+        except _LIBRARY_ERRORS as error:
+            raise call.failure() or _failure(error) from None
         finally:
-            # Only a body read to its end leaves a connection that can be used again, and that one is back already.
+            # A connection whose body was read to the end went back to the pool already; any other cannot be used again.
             response.close()
 
     def _get(self, call: "_Call", endpoint: str, url: str) -> requests.Response:
-        for last_try in (False, True):
-            call.check()
-            call.connected = False
-            try:
-                response = self._send(call, url)
-            except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError) as error:
-                self._on_request(endpoint, "error")
-                call.check()
-                # The server had closed a kept-alive connection; a GET may be repeated.
-                if last_try or call.connected or not _is_closed_early(error):
-                    raise _failure(error) from None
-            else:
-                self._on_request(endpoint, str(response.status_code))
-                return response
-        raise AssertionError
+        """Send one request, and once more if a kept-alive connection turns out to be closed."""
+        try:
+            return self._send(call, endpoint, url)
+        except _LIBRARY_ERRORS as error:
+            closed = call.reused and any(isinstance(part, ConnectionError) for part in _related(error))
+            if call.failure() or not closed:
+                raise call.failure() or _failure(error) from None
+        try:
+            return self._send(call, endpoint, url)
+        except _LIBRARY_ERRORS as error:
+            raise call.failure() or _failure(error) from None
 
-    def _send(self, call: "_Call", url: str) -> requests.Response:
+    def _send(self, call: "_Call", endpoint: str, url: str) -> requests.Response:
+        call.check()
+        call.reused = False
         left = call.left()
+        code = "error"
         token = _current_call.set(call)
         try:
-            return self._session.get(url, stream=True, timeout=(min(left, _CONNECT_TIMEOUT), left))
+            response = self._session.get(url, stream=True, timeout=(min(left, _CONNECT_TIMEOUT), left))
+            code = str(response.status_code)
         finally:
             _current_call.reset(token)
+            self._on_request(endpoint, code)
+        return response
 
 
 class TaskStream:
@@ -205,7 +210,7 @@ class _Call:
     """
 
     def __init__(self, seconds: float) -> None:
-        self.connected = False
+        self.reused = False
         self._ends = time.monotonic() + seconds
         self._broken: str | None = None
         self._socket: socket.socket | None = None
@@ -231,14 +236,18 @@ class _Call:
                 # Not SSLSocket's own method: that would pull the TLS state from under a read in the other thread.
                 socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
 
-    def check(self) -> None:
-        """Raise ApiError if the call was broken off or its time is up."""
+    def failure(self) -> ApiError | None:
+        """Return why the call is over before its answer is, None if it is not."""
         if self._broken is None and time.monotonic() >= self._ends:
             self._broken = "timeout"
         if self._broken == "timeout":
-            raise ApiError("timeout", "the API did not answer completely in time")
-        if self._broken:
-            raise ApiError("connection", "the exporter broke off the request")
+            return ApiError("timeout", "the API did not answer completely in time")
+        return ApiError("connection", "the exporter broke off the request") if self._broken else None
+
+    def check(self) -> None:
+        """Raise ApiError if the call is over before its answer is."""
+        if failure := self.failure():
+            raise failure
 
     def end(self) -> None:
         """Stop the clock."""
@@ -252,6 +261,7 @@ class _HTTPConnection(HTTPConnection):
     """Show the current call each socket before it is used."""
 
     _sock: socket.socket | None = None
+    _used = False
 
     @property
     def sock(self) -> socket.socket | None:
@@ -262,15 +272,18 @@ class _HTTPConnection(HTTPConnection):
         self._sock = value
         if isinstance(value, socket.socket):
             call = _current_call.get()
-            call.connected = True
+            self._used = False
             # The limit of a whole TLS handshake, during which nobody else can get at the socket.
             value.settimeout(min(call.left(), _CONNECT_TIMEOUT))
             call.watch(value)
 
     def request(self, *args: Any, **kwargs: Any) -> None:
+        call = _current_call.get()
+        call.reused = self._used
         if isinstance(self._sock, socket.socket):
-            _current_call.get().watch(self._sock)
+            call.watch(self._sock)
         super().request(*args, **kwargs)
+        self._used = True
 
 
 class _HTTPSConnection(_HTTPConnection, HTTPSConnection):
@@ -313,7 +326,7 @@ _POOLS = {"http": _HTTPPool, "https": _HTTPSPool}
 
 @functools.lru_cache(maxsize=4)
 def _tls_context(ca_file: str | None, changed: int) -> ssl.SSLContext:
-    """Return one context for all workspaces: loading the authorities takes time and memory. `changed` is a cache key."""
+    """Return one context for all workspaces, as authorities take time to load; `changed` is part of the key."""
     context = ssl.create_default_context()
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.load_verify_locations(DEFAULT_CA_BUNDLE_PATH)
@@ -353,7 +366,9 @@ def _refusal(response: requests.Response) -> ApiError:
     """Say what an answer other than 200 means, by its status alone."""
     status = response.status_code
     if status in (401, 403):
-        return ApiError("auth", f"the API refused the credentials (HTTP {status})", status=status)
+        return ApiError(
+            "auth", f"the API refused the credentials (HTTP {status}): check api_id and api_key", status=status
+        )
     if 300 <= status < 400:
         target = _origin_text(response)
         return ApiError(
@@ -378,15 +393,11 @@ def _origin_text(response: requests.Response) -> str:
 def _retry_after(value: str | None) -> float | None:
     """Return the seconds from now that a Retry-After header means, None if it means nothing."""
     text = (value or "").strip()
-    if text.isascii() and text.isdigit():
-        return float(text[:12])
-    try:
-        moment = parsedate_to_datetime(text)
-    except ValueError:
-        return None
-    if moment.tzinfo is None:
-        moment = moment.replace(tzinfo=UTC)
-    return max((moment - datetime.now(UTC)).total_seconds(), 0.0)
+    with suppress(ValueError, OverflowError, TypeError, IndexError):
+        if _DECIMAL.fullmatch(text):
+            return max(float(text), 0.0)
+        return max(parsedate_to_datetime(text).timestamp() - time.time(), 0.0)
+    return None
 
 
 def _next_url(url: str, link: str) -> str:
@@ -406,7 +417,7 @@ def _origin(url: str) -> tuple[str, str | None, int | None, bool]:
     return parts.scheme, parts.hostname, parts.port or default, "@" in parts.netloc
 
 
-def _balance(body: bytes) -> float:
+def _balance(body: bytearray) -> float:
     try:
         answer = json.loads(body)
         value = answer["remaining_credits"]
@@ -417,6 +428,18 @@ def _balance(body: bytes) -> float:
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
         pass
     raise ApiError("payload", "the balance is no JSON object with a number remaining_credits")
+
+
+_FAILURES: tuple[tuple[tuple[type[Exception], ...], str, str], ...] = (
+    (
+        (TimeoutError, requests.Timeout, urllib3.exceptions.ReadTimeoutError),
+        "timeout",
+        "the API did not answer in time",
+    ),
+    ((urllib3.exceptions.DecodeError,), "payload", "the body of the answer cannot be decompressed"),
+    ((http.client.IncompleteRead,), "payload", "the body of the answer is cut short"),
+    ((urllib3.exceptions.ProxyError,), "connection", "the proxy of the environment does not lead to the API"),
+)
 
 
 def _related(error: BaseException) -> Iterator[BaseException]:
@@ -431,28 +454,16 @@ def _related(error: BaseException) -> Iterator[BaseException]:
             waiting.extend(part for part in parts if isinstance(part, BaseException))
 
 
-def _is_closed_early(error: BaseException) -> bool:
-    return any(isinstance(part, ConnectionError) for part in _related(error))
-
-
 def _failure(error: Exception) -> ApiError:
-    """Say what an exception of the libraries means, without their texts: these quote URLs, headers and bodies."""
+    """Say what an exception of the libraries means, without its text: that may quote URLs, headers and bodies."""
     parts = list(_related(error))
-
-    def has(*kinds: type[BaseException]) -> bool:
-        return any(isinstance(part, kinds) for part in parts)
-
-    if has(TimeoutError, requests.Timeout, urllib3.exceptions.TimeoutError):
-        return ApiError("timeout", "the API did not answer in time")
-    if has(urllib3.exceptions.DecodeError):
-        return ApiError("payload", "the body of the answer cannot be decompressed")
-    if has(http.client.IncompleteRead):
-        return ApiError("payload", "the body of the answer is cut short")
-    if has(urllib3.exceptions.ProxyError):
-        return ApiError("connection", "the proxy of the environment does not connect to the API")
+    for kinds, cause, message in _FAILURES:
+        if any(isinstance(part, kinds) for part in parts):
+            return ApiError(cause, message)
+    detail = type(parts[-1]).__name__
     for part in parts:
         if isinstance(part, ssl.SSLCertVerificationError):
-            return ApiError("connection", f"the API's certificate is not trusted: {part.verify_message}")
-        if isinstance(part, OSError) and part.strerror and not isinstance(part, requests.RequestException):
-            return ApiError("connection", f"the connection to the API failed: {part.strerror}")
-    return ApiError("connection", f"the connection to the API failed ({type(parts[-1]).__name__})")
+            detail = f"certificate not trusted, {part.verify_message}"
+        elif isinstance(part, OSError) and part.strerror:
+            detail = part.strerror
+    return ApiError("connection", f"the connection to the API failed: {detail}")

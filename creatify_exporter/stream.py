@@ -167,13 +167,12 @@ class Page:
     def _parse(self, step: Callable[..., _T], position: int, *more: bytes) -> _T:
         """Return what `step` finds at `position`, with as much more of the body in the buffer as it needs."""
         while True:
-            try:
+            with suppress(_IncompleteError):
                 return step(self._buffer, position, *more)
-            except _IncompleteError:
-                if self._ended:
-                    raise MalformedBodyError("the body ends before its JSON value does") from None
-                # Doubling keeps the work for one long value linear.
-                self._fill(max(2 * len(self._buffer), _MIN_WINDOW))
+            if self._ended:
+                raise MalformedBodyError("the body ends before its JSON value does")
+            # Doubling keeps the work for one long value linear.
+            self._fill(max(2 * len(self._buffer), _MIN_WINDOW))
 
     def _fill(self, size: int) -> None:
         while len(self._buffer) < size and not self._ended:

@@ -1,0 +1,688 @@
+import gc
+import json
+import socket
+import ssl
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import closing
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+import responses
+import trustme
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from creatify_exporter import __version__, api
+from creatify_exporter.api import CAUSES, ApiError, Client
+from tests.support.servers import Exchange, Script, Server, answer, bomb, chunked, gzipped, head, in_turn
+
+PLANTED = "PLANTED-7f3a"
+"""Stands in credentials, bodies and URLs; it must not be in an error."""
+TIMEOUT = 0.7
+TASKS = b'[{"id":"a"},{"id":"b"}]'
+Requests = list[tuple[str, str]]
+
+
+def client(url: str, **changed: Any) -> Client:
+    options: dict[str, Any] = {
+        "api_id": f"id-{PLANTED}",
+        "api_key": f"key-{PLANTED}",
+        "base_url": url,
+        "timeout": 10.0,
+        "max_response_size": 10**9,
+        "ca_file": None,
+        "on_request": lambda endpoint, code: None,
+    }
+    return Client(**{**options, **changed})
+
+
+def ids(client: Client) -> list[Any]:
+    return [record and record.id for batch in client.tasks() for record in batch]
+
+
+def failure(call: Callable[[], object], within: float = 3.0) -> ApiError:
+    """Return the error of `call`, which must come in time and give nothing away."""
+    started = time.monotonic()
+    with pytest.raises(ApiError) as caught:
+        call()
+    assert time.monotonic() - started < within
+    error = caught.value
+    assert error.cause in CAUSES
+    assert PLANTED not in f"{error} {error!r} {error.args}"
+    assert error.__suppress_context__ or error.__context__ is None
+    return error
+
+
+# Real servers
+
+
+def drip_headers(exchange: Exchange) -> None:
+    exchange.drip(head(200, *[f"X-{number}: {PLANTED}" for number in range(90)]))
+
+
+def drip_body(exchange: Exchange) -> None:
+    exchange.send(head(200, "Content-Length: 100000"))
+    exchange.drip(b"[" + b" " * 99_999)
+
+
+def drip_gzip(exchange: Exchange) -> None:
+    exchange.send(head(200, "Content-Encoding: gzip", "Content-Length: 100000"))
+    exchange.drip(b"\x1f\x8b\x08\x08" + b"\0" * 6 + b"a" * 10_000)
+
+
+def drip_chunk_size(exchange: Exchange) -> None:
+    exchange.send(head(200, "Transfer-Encoding: chunked"))
+    exchange.drip(b"1;" + b"a" * 10_000)
+
+
+def hang(exchange: Exchange) -> None:
+    exchange.hang()
+
+
+def hang_in_body(exchange: Exchange) -> None:
+    exchange.send(head(200, "Content-Length: 100") + TASKS)
+    exchange.hang()
+
+
+def cut_short(exchange: Exchange) -> None:
+    exchange.send(head(200, "Content-Length: 100") + TASKS)
+    exchange.close()
+
+
+def reset(exchange: Exchange) -> None:
+    exchange.reset()
+
+
+def reset_in_body(exchange: Exchange) -> None:
+    exchange.send(head(200, "Content-Length: 100") + TASKS[:5])
+    exchange.reset()
+
+
+def close_at_once(exchange: Exchange) -> None:
+    exchange.close()
+
+
+def without_http(exchange: Exchange) -> None:
+    exchange.send(f"220 {PLANTED} ESMTP\r\n".encode())
+    exchange.close()
+
+
+def until_closed(exchange: Exchange) -> None:
+    exchange.send(head() + TASKS)
+    exchange.close()
+
+
+def planted(status: int, *headers: str) -> Script:
+    return answer(f'{{"detail":"{PLANTED}"}}'.encode(), status, *headers)
+
+
+HOSTILE: dict[str, tuple[Script, str]] = {
+    "401": (planted(401), "auth"),
+    "403": (planted(403), "auth"),
+    "429": (planted(429), "rate_limited"),
+    "400": (planted(400), "http"),
+    "404": (planted(404), "http"),
+    "418": (planted(418), "http"),
+    "500": (planted(500), "http"),
+    "503": (planted(503), "http"),
+    "599": (planted(599), "http"),
+    "201": (planted(201), "http"),
+    "204": (answer(b"", 204), "http"),
+    "206": (planted(206), "http"),
+    "304": (answer(b"", 304), "http"),
+    "600": (planted(600), "http"),
+    "redirect to nowhere": (answer(b"", 302, f"Location: http://[{PLANTED}"), "http"),
+    "redirect to a script": (answer(b"", 302, f"Location: javascript:{PLANTED}"), "http"),
+    "redirect without a location": (answer(b"", 302), "http"),
+    "HTML": (answer(f"<!DOCTYPE html><title>{PLANTED}</title>".encode()), "payload"),
+    "text": (answer(PLANTED.encode()), "payload"),
+    "empty": (answer(b""), "payload"),
+    "an error object": (planted(200), "payload"),
+    "JSON cut short": (answer(f'[{{"id":"{PLANTED}"'.encode()), "payload"),
+    "body cut short": (cut_short, "payload"),
+    "chunks without an end": (chunked([TASKS], end=False), "payload"),
+    "a broken chunk": (lambda exchange: exchange.send(head(200, "Transfer-Encoding: chunked") + b"x\r\n"), "payload"),
+    "no gzip": (answer(TASKS, 200, "Content-Encoding: gzip"), "payload"),
+    "gzip cut short": (answer(b"\x1f\x8b\x08\0\0\0\0\0", 200, "Content-Encoding: gzip"), "payload"),
+    "brotli": (answer(b"\x0b\x02\x80", 200, "Content-Encoding: br"), "payload"),
+    "next page elsewhere": (answer(f'{{"next":"http://{PLANTED}/","results":[]}}'.encode()), "payload"),
+    "next page the same": (answer(b'{"next":"?","results":[]}'), "payload"),
+    "next page no URL": (answer(f'{{"next":"http://[{PLANTED}","results":[]}}'.encode()), "payload"),
+    "next page with a user": (answer(f'{{"next":"//{PLANTED}@localhost/","results":[]}}'.encode()), "payload"),
+    "next page by another scheme": (answer(b'{"next":"https://localhost/","results":[]}'), "payload"),
+    "too large": (chunked([b"["] + [b" " * 50_000] * 30), "too_large"),
+    "too large in gzip": (gzipped(b"[" + b" " * 1_500_000), "too_large"),
+    "headers drip": (drip_headers, "timeout"),
+    "body drips": (drip_body, "timeout"),
+    "gzip drips": (drip_gzip, "timeout"),
+    "chunk size drips": (drip_chunk_size, "timeout"),
+    "hang": (hang, "timeout"),
+    "hang in the body": (hang_in_body, "timeout"),
+    "reset": (reset, "connection"),
+    "reset in the body": (reset_in_body, "connection"),
+    "closed": (close_at_once, "connection"),
+    "no HTTP": (without_http, "connection"),
+}
+
+
+@pytest.mark.parametrize(("script", "cause"), HOSTILE.values(), ids=HOSTILE.keys())
+def test_a_hostile_server_makes_the_listing_fail_with_its_cause(script: Script, cause: str) -> None:
+    sent: Requests = []
+    with Server(script) as server:
+        with closing(
+            client(
+                server.url,
+                timeout=TIMEOUT,
+                max_response_size=1_000_000,
+                on_request=lambda *request: sent.append(request),
+            )
+        ) as subject:
+            error = failure(lambda: ids(subject))
+        assert error.cause == cause
+        assert [endpoint for endpoint, _ in sent] == ["text_generator"] * len(server.requests)
+        assert len(server.requests) == 1
+        status = sent[0][1]
+        assert error.status == (int(status) if status not in ("200", "error") else None)
+
+
+BALANCE_ONLY: dict[str, tuple[Script, str]] = {
+    "a list": (answer(TASKS), "payload"),
+    "no balance": (answer(b"{}"), "payload"),
+    "null": (answer(b'{"remaining_credits":null}'), "payload"),
+    "true": (answer(b'{"remaining_credits":true}'), "payload"),
+    "NaN": (answer(b'{"remaining_credits":NaN}'), "payload"),
+    "infinity": (answer(b'{"remaining_credits":1e999}'), "payload"),
+    "beyond float": (answer(b'{"remaining_credits":' + b"1" * 400 + b"}"), "payload"),
+    "beyond int": (answer(b'{"remaining_credits":' + b"1" * 5000 + b"}"), "payload"),
+    "text": (answer(f'{{"remaining_credits":"{PLANTED}"}}'.encode()), "payload"),
+    "deep": (answer(b"[" * 60_000), "payload"),
+    "no UTF-8": (answer(b'{"remaining_credits":1,"a":"\xff"}'), "payload"),
+    "long": (answer(b'{"remaining_credits":1}' + b" " * 70_000), "payload"),
+    "endless": (chunked([b" " * 10_000] * 1000), "payload"),
+}
+
+
+@pytest.mark.parametrize(("script", "cause"), [*BALANCE_ONLY.values()], ids=[*BALANCE_ONLY.keys()])
+def test_a_bad_balance_is_an_error(script: Script, cause: str) -> None:
+    with Server(script) as server, closing(client(server.url)) as subject:
+        assert failure(subject.remaining_credits).cause == cause
+
+
+@pytest.mark.parametrize("name", ["401", "429", "500", "redirect without a location", "hang", "body drips", "reset"])
+def test_the_balance_fails_like_the_listing(name: str) -> None:
+    script, cause = HOSTILE[name]
+    with Server(script) as server, closing(client(server.url, timeout=TIMEOUT)) as subject:
+        assert failure(subject.remaining_credits).cause == cause
+
+
+@pytest.mark.parametrize(
+    ("value", "credits"), [("379.0", 379), ("0", 0), ('"12.5"', 12.5), ('" -3 "', -3), ("1e2", 100)]
+)
+def test_the_balance_is_a_number_or_plain_decimal_text(value: str, credits: float) -> None:
+    with Server(answer(f'{{"remaining_credits": {value}}}'.encode())) as server, closing(client(server.url)) as subject:
+        assert subject.remaining_credits() == credits
+        assert server.requests[0].path == "/api/remaining_credits/"
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        answer(TASKS),
+        chunked([TASKS[:3], TASKS[3:]]),
+        gzipped(TASKS),
+        until_closed,
+        answer(TASKS, 200, "Content-Type: text/html"),
+    ],
+    ids=["length", "chunks", "gzip", "until closed", "wrong type"],
+)
+def test_every_way_to_send_a_body_is_understood(script: Script) -> None:
+    with Server(script) as server, closing(client(server.url)) as subject:
+        stream = subject.tasks()
+        assert [record and record.id for batch in stream for record in batch] == ["a", "b"]
+        assert stream.size == len(TASKS)
+
+
+def test_connections_are_kept_and_shared_by_both_endpoints() -> None:
+    with Server(in_turn(answer(TASKS), answer(b'{"remaining_credits":1}'), answer(TASKS))) as server:
+        with closing(client(server.url)) as subject:
+            assert ids(subject) == ["a", "b"]
+            assert subject.remaining_credits() == 1
+            assert ids(subject) == ["a", "b"]
+        assert server.connections == 1
+
+
+@pytest.mark.parametrize("end", [Exchange.reset, Exchange.close])
+def test_a_kept_connection_that_is_closed_under_the_request_is_replaced_once(end: Callable[[Exchange], None]) -> None:
+    sent: Requests = []
+    script = in_turn(answer(TASKS), end, answer(TASKS), end)
+    with Server(script) as server, closing(client(server.url, on_request=lambda *one: sent.append(one))) as subject:
+        assert ids(subject) == ["a", "b"]
+        assert ids(subject) == ["a", "b"]
+        assert [code for _, code in sent] == ["200", "error", "200"]
+        assert failure(lambda: ids(subject)).cause == "connection"
+        assert [code for _, code in sent[3:]] == ["error", "error"]
+        assert len(server.requests) == 5
+
+
+def test_a_kept_connection_is_still_under_the_deadline() -> None:
+    script = in_turn(answer(TASKS), drip_headers)
+    with Server(script) as server, closing(client(server.url, timeout=TIMEOUT)) as subject:
+        assert ids(subject) == ["a", "b"]
+        assert failure(lambda: ids(subject)).cause == "timeout"
+        assert server.connections == 1
+
+
+def test_pages_are_read_in_sequence_under_one_deadline_and_one_cap() -> None:
+    def script(exchange: Exchange) -> None:
+        page = int(exchange.path.partition("page=")[2] or 1)
+        following = f"http://{exchange.headers['host']}/sse/text_generator/?page={page + 1}#x" if page < 3 else None
+        answer(json.dumps({"count": 3, "next": following, "results": [{"id": page}]}).encode())(exchange)
+
+    with Server(script) as server:
+        with closing(client(server.url)) as subject:
+            assert ids(subject) == [1, 2, 3]
+        assert [exchange.path for exchange in server.requests] == [
+            "/sse/text_generator/",
+            "/sse/text_generator/?page=2",
+            "/sse/text_generator/?page=3",
+        ]
+        assert {exchange.headers["x-api-key"] for exchange in server.requests} == {f"key-{PLANTED}"}
+        with closing(client(server.url, max_response_size=150)) as subject:
+            assert failure(lambda: ids(subject)).cause == "too_large"
+
+    def endless(exchange: Exchange) -> None:
+        exchange.stopped.wait(0.05)
+        answer(f'{{"next":"?{len(exchange.path)}{exchange.path[-20:]}","results":[]}}'.encode())(exchange)
+
+    with Server(endless) as server, closing(client(server.url, timeout=TIMEOUT)) as subject:
+        assert failure(lambda: ids(subject)).cause in ("timeout", "payload")
+
+
+def test_a_later_page_that_fails_fails_the_listing() -> None:
+    script = in_turn(answer(b'{"next":"?2","results":[{"id":1}]}'), planted(500))
+    with Server(script) as server, closing(client(server.url)) as subject:
+        assert failure(lambda: ids(subject)).status == 500
+
+
+def test_a_redirect_target_receives_no_request() -> None:
+    with Server(answer(TASKS)) as elsewhere:
+        redirect = answer(
+            b"x" * 1000, 302, f"Location: http://127.0.0.1:{elsewhere.port}/{PLANTED}?{PLANTED}={PLANTED}"
+        )
+        with Server(redirect) as server, closing(client(server.url)) as subject:
+            error = failure(lambda: ids(subject))
+        assert (error.cause, error.status) == ("http", 302)
+        assert f"http://127.0.0.1:{elsewhere.port};" in f"{error}".replace(" (HTTP 302)", "")
+        assert "api.base_url" in str(error)
+        assert elsewhere.connections == 0
+
+
+@pytest.mark.parametrize(
+    ("header", "low", "high"),
+    [
+        ("7", 7, 7),
+        (" 0 ", 0, 0),
+        (timedelta(hours=1), 3500, 3600),
+        (timedelta(hours=-1), 0, 0),
+        (None, None, None),
+        ("", None, None),
+        ("soon", None, None),
+        ("nan", None, None),
+        ("Fri, 99 Foo 2026 99:99:99 GMT", None, None),
+    ],
+)
+@pytest.mark.parametrize("status", [429, 503])
+def test_retry_after_is_told_in_seconds_from_now(
+    status: int, header: str | timedelta | None, low: float | None, high: float | None
+) -> None:
+    if isinstance(header, timedelta):
+        header = format_datetime(datetime.now(UTC) + header, usegmt=True)
+    script = planted(status, *([f"Retry-After: {header}"] if header is not None else []))
+    with Server(script) as server, closing(client(server.url)) as subject:
+        error = failure(lambda: ids(subject))
+    if low is None or high is None:
+        assert error.retry_after is None
+    else:
+        assert error.retry_after is not None
+        assert low <= error.retry_after <= high
+
+
+def test_retry_after_counts_only_with_429_and_503() -> None:
+    with Server(planted(500, "Retry-After: 7")) as server, closing(client(server.url)) as subject:
+        assert failure(lambda: ids(subject)).retry_after is None
+
+
+@given(
+    st.text(max_size=40) | st.from_regex(r"[A-Z][a-z]{2}, \d{1,3} [A-Z][a-z]{2} \d{1,6} \d\d:\d\d:\d\d [-+A-Z0-9]{0,8}")
+)
+def test_no_retry_after_upsets_the_client(text: str) -> None:
+    seconds = api._retry_after(text)
+    assert seconds is None or seconds >= 0
+
+
+# The way to the server
+
+
+def closed_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def test_a_refused_connection_is_tried_once() -> None:
+    sent: Requests = []
+    subject = client(f"http://127.0.0.1:{closed_port()}", on_request=lambda *one: sent.append(one))
+    error = failure(lambda: ids(subject))
+    assert error.cause == "connection"
+    assert "Connection refused" in str(error)
+    assert sent == [("text_generator", "error")]
+
+
+def test_an_unknown_host_is_a_connection_error() -> None:
+    assert failure(lambda: ids(client(f"http://{PLANTED}.invalid")), within=30).cause == "connection"
+
+
+def test_a_server_that_accepts_nobody_is_a_timeout() -> None:
+    with socket.create_server(("127.0.0.1", 0), backlog=1) as listener:
+        waiting = []
+        for _ in range(4):
+            filler = socket.socket()
+            filler.setblocking(False)
+            filler.connect_ex(listener.getsockname())
+            waiting.append(filler)
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        assert failure(lambda: ids(client(url, timeout=TIMEOUT))).cause == "timeout"
+        for filler in waiting:
+            filler.close()
+
+
+@pytest.fixture(scope="module")
+def authority() -> trustme.CA:
+    return trustme.CA()
+
+
+def server_tls(authority: trustme.CA, name: str = "localhost") -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert(name).configure_cert(context)
+    return context
+
+
+@pytest.fixture
+def ca_file(authority: trustme.CA, tmp_path: Path) -> str:
+    path = tmp_path / "ca.pem"
+    authority.cert_pem.write_to_path(path)
+    return str(path)
+
+
+def test_tls_works_with_an_extra_authority(authority: trustme.CA, ca_file: str) -> None:
+    with (
+        Server(answer(TASKS), server_tls(authority)) as server,
+        closing(client(server.url, ca_file=ca_file)) as subject,
+    ):
+        assert ids(subject) == ["a", "b"]
+        assert ids(subject) == ["a", "b"]
+        assert server.connections == 1
+
+
+def test_the_extra_authority_is_trusted_besides_the_usual_ones(ca_file: str) -> None:
+    usual = api._tls_context(None, 0).cert_store_stats()["x509_ca"]
+    assert usual > 50
+    assert api._tls_context(ca_file, 0).cert_store_stats()["x509_ca"] == usual + 1
+
+
+def test_a_certificate_of_nobody_is_a_connection_error(authority: trustme.CA) -> None:
+    with Server(answer(TASKS), server_tls(authority)) as server, closing(client(server.url)) as subject:
+        error = failure(lambda: ids(subject))
+        assert error.cause == "connection"
+        assert "certificate" in str(error)
+        assert not server.requests
+
+
+def test_a_certificate_for_another_host_is_a_connection_error(authority: trustme.CA, ca_file: str) -> None:
+    tls = server_tls(authority, "elsewhere.example")
+    with Server(answer(TASKS), tls) as server, closing(client(server.url, ca_file=ca_file)) as subject:
+        error = failure(lambda: ids(subject))
+        assert error.cause == "connection"
+        assert "certificate" in str(error)
+
+
+def test_old_tls_is_refused(authority: trustme.CA, ca_file: str) -> None:
+    tls = server_tls(authority)
+    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
+        tls.maximum_version = ssl.TLSVersion.TLSv1_1
+    with Server(answer(TASKS), tls) as server, closing(client(server.url, ca_file=ca_file)) as subject:
+        assert failure(lambda: ids(subject)).cause == "connection"
+
+
+@pytest.mark.parametrize(
+    ("script", "cause"),
+    [(drip_headers, "timeout"), (drip_body, "timeout"), (hang_in_body, "timeout"), (cut_short, "payload")],
+)
+def test_the_deadline_holds_over_tls(authority: trustme.CA, ca_file: str, script: Script, cause: str) -> None:
+    with (
+        Server(script, server_tls(authority)) as server,
+        closing(client(server.url, ca_file=ca_file, timeout=TIMEOUT)) as subject,
+    ):
+        assert failure(lambda: ids(subject)).cause == cause
+
+
+@pytest.mark.parametrize("greeting", [b"", b"\x16\x03\x03\x40\x00"], ids=["silent", "dripping"])
+def test_the_deadline_holds_during_the_tls_handshake(greeting: bytes) -> None:
+    stopped = threading.Event()
+
+    def serve(listener: socket.socket) -> None:
+        connection, _ = listener.accept()
+        with connection:
+            connection.sendall(greeting)
+            while greeting and not stopped.wait(0.05):
+                try:
+                    connection.sendall(b"\0")
+                except OSError:
+                    return
+            stopped.wait(10)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve, args=(listener,))
+        thread.start()
+        subject = client(f"https://127.0.0.1:{listener.getsockname()[1]}", timeout=TIMEOUT)
+        assert failure(lambda: ids(subject)).cause == "timeout"
+        stopped.set()
+        thread.join()
+
+
+def test_abort_breaks_off_what_is_running() -> None:
+    arrived = threading.Event()
+
+    def script(exchange: Exchange) -> None:
+        exchange.send(head(200, "Content-Length: 100") + TASKS)
+        arrived.set()
+        exchange.hang()
+
+    errors = []
+    with Server(script) as server, closing(client(server.url)) as subject:
+        threads = [
+            threading.Thread(target=lambda: errors.append(failure(lambda: ids(subject)))),
+            threading.Thread(target=lambda: errors.append(failure(subject.remaining_credits))),
+        ]
+        for thread in threads:
+            thread.start()
+        assert arrived.wait(5)
+        deadline = time.monotonic() + 5
+        while len(server.requests) < 2 and time.monotonic() < deadline:
+            arrived.wait(0.01)
+        subject.abort()
+        for thread in threads:
+            thread.join(5)
+    assert [error.cause for error in errors] == ["connection", "connection"]
+
+
+def test_a_socket_that_comes_after_the_end_is_refused() -> None:
+    call = api._Call(10)
+    call.break_off("connection")
+    one, other = socket.socketpair()
+    with one, other, pytest.raises(TimeoutError):
+        call.watch(one)
+    call.end()
+    late = api._Call(0)
+    late.end()
+    assert failure(late.check).cause == "timeout"
+
+
+def test_a_listing_given_up_half_way_closes_its_connection() -> None:
+    closed = threading.Event()
+
+    def script(exchange: Exchange) -> None:
+        try:
+            exchange.send(head(200, "Content-Length: 1000000") + TASKS[:-1] + b"," + b'{"id":"c"},' * 30_000)
+            exchange.hang()
+        finally:
+            closed.set()
+
+    with Server(script) as server, closing(client(server.url)) as subject:
+        stream = iter(subject.tasks())
+        assert next(stream)
+        stream.close()  # type: ignore[attr-defined]
+        assert closed.wait(5)
+
+
+def test_both_endpoints_work_at_once_from_two_threads() -> None:
+    together = threading.Barrier(2, timeout=5)
+
+    def script(exchange: Exchange) -> None:
+        together.wait()
+        answer(TASKS if "sse" in exchange.path else b'{"remaining_credits":2}')(exchange)
+
+    found: list[object] = []
+    with Server(script) as server, closing(client(server.url)) as subject:
+        for _ in range(5):
+            other = threading.Thread(target=lambda: found.append(subject.remaining_credits()))
+            other.start()
+            assert ids(subject) == ["a", "b"]
+            other.join()
+    assert found == [2] * 5
+
+
+def test_a_proxy_of_the_environment_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Server(answer(TASKS)) as proxy:
+        monkeypatch.setenv("http_proxy", f"http://user:{PLANTED}@127.0.0.1:{proxy.port}")
+        monkeypatch.delenv("no_proxy", raising=False)
+        with closing(client("http://api.example")) as subject:
+            assert ids(subject) == ["a", "b"]
+        assert proxy.requests[0].path == "http://api.example/sse/text_generator/"
+
+
+# http.client leaves the file of a failed CONNECT to the garbage collector.
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.parametrize("over_tls", [False, True])
+@pytest.mark.parametrize(("script", "cause"), [(planted(407), "connection"), (drip_headers, "timeout")])
+def test_a_proxy_that_refuses_or_drips_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, authority: trustme.CA, ca_file: str, over_tls: bool, script: Script, cause: str
+) -> None:
+    with Server(script, server_tls(authority) if over_tls else None) as proxy:
+        monkeypatch.setenv("https_proxy", proxy.url.replace("//", f"//user:{PLANTED}@"))
+        with closing(client("https://api.example", ca_file=ca_file, timeout=TIMEOUT)) as subject:
+            assert failure(lambda: ids(subject)).cause == cause
+        assert proxy.requests[0].path == "api.example:443"
+    gc.collect()
+
+
+def test_netrc_is_not_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    netrc = tmp_path / "netrc"
+    netrc.write_text("default login someone password else\n")
+    netrc.chmod(0o600)
+    monkeypatch.setenv("NETRC", str(netrc))
+    with Server(answer(TASKS)) as server, closing(client(server.url)) as subject:
+        assert ids(subject) == ["a", "b"]
+        assert "authorization" not in server.requests[0].headers
+
+
+def test_cookies_are_not_kept() -> None:
+    script = answer(TASKS, 200, "Set-Cookie: a=b; Path=/")
+    with Server(script) as server, closing(client(server.url)) as subject:
+        ids(subject)
+        ids(subject)
+        assert "cookie" not in server.requests[1].headers
+
+
+def test_a_gzip_bomb_is_stopped_at_the_cap_in_bounded_memory() -> None:
+    program = """
+        import resource, sys
+        from creatify_exporter.api import ApiError, Client
+        subject = Client(api_id="i", api_key="k", base_url=sys.argv[1], timeout=60, max_response_size=100_000_000,
+                         ca_file=None, on_request=lambda *_: None)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        stream = subject.tasks()
+        try:
+            for batch in stream:
+                pass
+        except ApiError as error:
+            print(error.cause, stream.size, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    """
+    tasks = b'{"id":"a","messages":"' + b"x" * 1000 + b'"},'
+    with Server(chunked(bomb(10 << 30, filler=tasks), "Content-Encoding: gzip")) as server:
+        done = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(program), server.url],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=True,
+            cwd=Path(__file__).parent.parent,
+        )
+    cause, size, grown_kib = done.stdout.split()
+    assert cause == "too_large"
+    assert 100_000_000 < int(size) < 101_000_000
+    assert int(grown_kib) < 25_000
+
+
+# Requests, by the library's own double
+
+
+@pytest.mark.parametrize("base_url", ["https://api.example/v1", "https://api.example/v1/"])
+def test_requests_carry_both_credentials_and_ask_for_gzip(base_url: str) -> None:
+    with responses.RequestsMock() as double:
+        double.get("https://api.example/v1/sse/text_generator/", body=TASKS)
+        double.get("https://api.example/v1/api/remaining_credits/", json={"remaining_credits": 5})
+        subject = client(base_url)
+        assert ids(subject) == ["a", "b"]
+        assert subject.remaining_credits() == 5
+        for call in double.calls:
+            assert dict(call.request.headers) == {
+                "X-API-ID": f"id-{PLANTED}",
+                "X-API-KEY": f"key-{PLANTED}",
+                "User-Agent": f"creatify-exporter/{__version__}",
+                "Accept": "application/json",
+                "Accept-Encoding": "gzip",
+            }
+
+
+@pytest.mark.parametrize(
+    ("error", "cause"),
+    [
+        (requests.ConnectTimeout(PLANTED), "timeout"),
+        (requests.ReadTimeout(PLANTED), "timeout"),
+        (requests.ConnectionError(PLANTED), "connection"),
+        (requests.exceptions.SSLError(PLANTED), "connection"),
+        (requests.exceptions.InvalidURL(PLANTED), "connection"),
+        (OSError(5, "Input/output error", PLANTED), "connection"),
+        (ValueError(PLANTED), "connection"),
+    ],
+)
+def test_every_exception_of_the_libraries_gets_a_cause_and_loses_its_text(error: Exception, cause: str) -> None:
+    with responses.RequestsMock() as double:
+        double.get("https://api.example/sse/text_generator/", body=error)
+        assert failure(lambda: ids(client("https://api.example"))).cause == cause
+
+
+def test_odd_credentials_are_an_error_that_does_not_show_them() -> None:
+    for key in (f"{PLANTED}\u20ac", f"{PLANTED}\r\nX: y"):
+        assert failure(lambda key=key: ids(client("http://127.0.0.1:9", api_key=key))).cause == "connection"  # type: ignore[misc]
