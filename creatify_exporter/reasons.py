@@ -75,7 +75,7 @@ _LITTLE: Final = "is|are|was|were|be|been|has|have|had|the|an?|your|you|its|this
 _SPACE: Final = rf"([\s_-]+({_LITTLE})\b)*[\s_-]*"
 # A number at the beginning, alone or before a status name; after a word for status; in a heading; before "error".
 _STATUS: Final = r"""(?i)^\W{0,3}N\W*($|[^\w\s%]|\s?[{\[(<-]|\s(client|server)\serror|\s(?-i:[A-Z])) |
-    \b(http|status|code|error)(\s?/\d(\.\d)?|[\s_-]?(error|status|code|response|is|was))*[\s"'`:=#([-]{0,6}N\b |
+    \b(http|status|code|error|gemini|upstream)(\s?/\d(\.\d)?|[\s_-]?(error|status|code|is|was))*[\s"'`:=#([-]{0,6}N\b |
     ["']\s?N\s(?-i:[A-Z])|exceptions?\.\w+:\sN\b|\b(status|code)\sof\sN\b|>\s?N[<\s,:]|\(N\)\W*$|
     \bN[\s_-](error|response|status|(client|server)\serror)\b |
     \b(returned|got|received|with|respon\w+|failed|answered)(\s(an?|with|status|code|http))*\W{1,3}N\s*($|[^\w\s%]|from)
@@ -96,7 +96,7 @@ def _options(encoding: object) -> re2.Options:
     options.encoding = encoding
     options.log_errors = False
     options.never_capture = True
-    options.max_mem = 32 << 20
+    options.max_mem = 64 << 20
     return options
 
 
@@ -112,7 +112,7 @@ def _load(lines: str) -> tuple[list[str], re2.Set]:
 
 _UTF8: Final = _options(re2.Options.Encoding.UTF8)
 _LATIN1: Final = _options(re2.Options.Encoding.LATIN1)
-_STAGES: Final = tuple(map(_load, (files(__package__) / "reasons.rules").read_text("utf-8").split("\n\n")[1:]))
+_REASONS, _AUTOMATON = _load((files(__package__) / "reasons.rules").read_text("utf-8"))
 _STATUS_PLACES: Final = re2.compile(re.sub(r" \|\n +", "|", _STATUS).encode(), _LATIN1)
 _CONTROLS: Final = bytes(32 if byte < 32 or byte == 127 else byte for byte in range(256))
 _CODE: Final = re.compile(rb"[45]\d\d")
@@ -172,10 +172,9 @@ class Classifier:
                 if pattern.search(sanitised):
                     return reason
         words = head.encode("ascii", "replace")
-        digitless = words.translate(_DIGITLESS)
-        for reasons, automaton in _STAGES:
-            if matches := automaton.Match(digitless):
-                return str(reasons[min(matches)])
+        if matches := _AUTOMATON.Match(words.translate(_DIGITLESS)):
+            first: int = min(matches)
+            return _REASONS[first]
         places = islice(_STATUS_PLACES.finditer(words.translate(_PLAIN)), MAX_STATUSES)
         statuses = {int(_CODE.findall(place.group())[-1]) for place in places}
         return next((reason for reason, known in _STATUSES.items() if known & statuses), OTHER)
