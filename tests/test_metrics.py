@@ -25,6 +25,7 @@ from creatify_exporter.metrics import METRICS, ExporterCollector, ExporterView, 
 from creatify_exporter.reasons import BUILT_IN, Classifier
 from creatify_exporter.stream import Page
 from creatify_exporter.tasks import TaskReader
+from docs import generate_metrics
 from tests.support.packages import require
 from tests.support.records import POLICY, SECOND, START
 
@@ -241,3 +242,26 @@ def test_credits_lose_nothing_on_the_way_into_the_text() -> None:
         found.add(task)
     text = exposition(view("w", found.labelled(ModelLabels([], 1))))
     assert 'creatify_text_generator_listed_credits{model="unknown",workspace="w"} 0.300000001' in text
+
+
+# docs/metrics.md
+
+
+def test_the_reference_is_as_generated() -> None:
+    text = generate_metrics.REFERENCE.read_text("utf-8")
+    assert generate_metrics.reference(text) == text, "run: make generate"
+
+
+def test_the_reference_has_every_metric_once_in_its_tables_and_every_cause() -> None:
+    rows = re.findall(r"(?m)^ *\| `(\w+)` \|", generate_metrics.REFERENCE.read_text("utf-8"))
+    assert [name for name in rows if name.startswith("creatify_")] == [
+        metric.name for metrics in generate_metrics.groups().values() for metric in metrics
+    ]
+    assert [name for name in rows if name in CAUSES] == list(CAUSES)
+
+
+def test_the_reference_says_how_many_series_a_model_has() -> None:
+    lines = [line for line in exposition(seen("new-model")).splitlines() if 'model="gemini-3-flash-preview"' in line]
+    counters = [line for line in lines if "_total{" in line or "_duration_" in line]
+    assert f"{len(lines)} series per model" in generate_metrics.REFERENCE.read_text("utf-8")
+    assert re.search(rf"\b{len(counters)} of\s+them from the ledger", generate_metrics.REFERENCE.read_text("utf-8"))
