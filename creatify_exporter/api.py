@@ -24,7 +24,6 @@ import urllib3
 from requests.adapters import HTTPAdapter
 from requests.utils import DEFAULT_CA_BUNDLE_PATH
 from urllib3.connection import HTTPConnection, HTTPSConnection
-from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
 from creatify_exporter import __version__
 from creatify_exporter.stream import MalformedBodyError, Page
@@ -160,33 +159,29 @@ class Client:
         finally:
             # A connection whose body was read to the end went back to the pool already; any other cannot be used again.
             response.close()
+            call.watch(None)
 
     def _get(self, call: "_Call", endpoint: str, url: str) -> requests.Response:
         """Send one request, and once more if a kept-alive connection turns out to be closed."""
-        try:
-            return self._send(call, endpoint, url)
-        except _LIBRARY_ERRORS as error:
-            closed = call.reused and any(isinstance(part, ConnectionError) for part in _related(error))
-            if call.failure() or not closed:
-                raise call.failure() or _failure(error) from None
-        try:
-            return self._send(call, endpoint, url)
-        except _LIBRARY_ERRORS as error:
-            raise call.failure() or _failure(error) from None
-
-    def _send(self, call: "_Call", endpoint: str, url: str) -> requests.Response:
-        call.check()
-        call.reused = False
-        left = call.left()
-        code = "error"
-        token = _current_call.set(call)
-        try:
-            response = self._session.get(url, stream=True, timeout=(min(left, _CONNECT_TIMEOUT), left))
-            code = str(response.status_code)
-        finally:
-            _current_call.reset(token)
-            self._on_request(endpoint, code)
-        return response
+        may_repeat = True
+        while True:
+            call.check()
+            call.reused = False
+            code, left = "error", call.left()
+            token = _current_call.set(call)
+            try:
+                response = self._session.get(url, stream=True, timeout=(min(left, _CONNECT_TIMEOUT), left))
+                code = str(response.status_code)
+            except _LIBRARY_ERRORS as error:
+                closed = call.reused and any(isinstance(part, ConnectionError) for part in _related(error))
+                if call.failure() or not (closed and may_repeat):
+                    raise call.failure() or _failure(error) from None
+                may_repeat = False
+            else:
+                return response
+            finally:
+                _current_call.reset(token)
+                self._on_request(endpoint, code)
 
 
 class TaskStream:
@@ -207,6 +202,7 @@ class _Call:
     """One listing or one look at the balance: its deadline, and its socket, to be broken off from outside.
 
     The timeouts of requests are per read; a server that drips bytes gets past them, and never past a shut socket.
+    Only looking up a host name and trying a second address of it cannot be broken off.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -222,24 +218,22 @@ class _Call:
         """Return the seconds left, at least a little above 0."""
         return max(self._ends - time.monotonic(), 0.001)
 
-    def watch(self, connection: socket.socket) -> None:
-        """Make `connection` the one to shut."""
+    def watch(self, connection: socket.socket | None) -> None:
+        """Make `connection` the one to shut; raise TimeoutError if it comes too late."""
         self._socket = connection
-        if self._broken:
+        if connection and self._broken:
             raise TimeoutError
 
     def break_off(self, cause: str) -> None:
         """Shut the socket, so that whatever waits for it fails."""
         self._broken = self._broken or cause
-        if self._socket is not None:
+        if connection := self._socket:
             with suppress(OSError):
                 # Not SSLSocket's own method: that would pull the TLS state from under a read in the other thread.
-                socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
+                socket.socket.shutdown(connection, socket.SHUT_RDWR)
 
     def failure(self) -> ApiError | None:
         """Return why the call is over before its answer is, None if it is not."""
-        if self._broken is None and time.monotonic() >= self._ends:
-            self._broken = "timeout"
         if self._broken == "timeout":
             return ApiError("timeout", "the API did not answer completely in time")
         return ApiError("connection", "the exporter broke off the request") if self._broken else None
@@ -290,38 +284,27 @@ class _HTTPSConnection(_HTTPConnection, HTTPSConnection):
     """The same with TLS."""
 
 
-class _HTTPPool(HTTPConnectionPool):
-    ConnectionCls = _HTTPConnection
-
-
-class _HTTPSPool(HTTPSConnectionPool):
-    ConnectionCls = _HTTPSConnection
-
-
 class _Adapter(HTTPAdapter):
     """Trust the usual authorities and those of `ca_file`, and make connections that can be broken off."""
 
     def __init__(self, ca_file: str | None) -> None:
-        changed = os.stat(ca_file).st_mtime_ns if ca_file else 0
-        self._tls = _tls_context(ca_file, changed)
         super().__init__()
+        self._tls = _tls_context(ca_file, os.stat(ca_file).st_mtime_ns if ca_file else 0)
 
-    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
-        super().init_poolmanager(*args, ssl_context=self._tls, **kwargs)
-        self.poolmanager.pool_classes_by_scheme = _POOLS
+    def build_connection_pool_key_attributes(self, *args: Any, **kwargs: Any) -> Any:
+        host, pool = super().build_connection_pool_key_attributes(*args, **kwargs)
+        return host, {**pool, "ssl_context": self._tls}
+
+    def get_connection_with_tls_context(self, *args: Any, **kwargs: Any) -> Any:
+        pool: Any = super().get_connection_with_tls_context(*args, **kwargs)
+        pool.ConnectionCls = _HTTPSConnection if pool.scheme == "https" else _HTTPConnection
+        return pool
 
     def proxy_manager_for(self, proxy: str, **kwargs: Any) -> Any:
-        if proxy.lower().startswith("https"):
-            kwargs["proxy_ssl_context"] = self._tls
-        manager = super().proxy_manager_for(proxy, ssl_context=self._tls, **kwargs)
-        manager.pool_classes_by_scheme = _POOLS
-        return manager
+        return super().proxy_manager_for(proxy, proxy_ssl_context=self._tls, **kwargs)
 
     def cert_verify(self, conn: Any, url: str, verify: Any, cert: Any) -> None:
         """Leave all to the context; requests would load the usual authorities again for each connection."""
-
-
-_POOLS = {"http": _HTTPPool, "https": _HTTPSPool}
 
 
 @functools.lru_cache(maxsize=4)
@@ -344,16 +327,10 @@ class _Session(requests.Session):
 
 def _session(api_id: str, api_key: str, ca_file: str | None) -> requests.Session:
     session = _Session()
-    session.headers.clear()
-    session.headers.update(
-        {
-            "X-API-ID": api_id,
-            "X-API-KEY": api_key,
-            "User-Agent": f"creatify-exporter/{__version__}",
-            "Accept": "application/json",
-            "Accept-Encoding": "gzip",
-        }
-    )
+    session.headers = requests.structures.CaseInsensitiveDict({"X-API-ID": api_id, "X-API-KEY": api_key})
+    session.headers["User-Agent"] = f"creatify-exporter/{__version__}"
+    session.headers["Accept"] = "application/json"
+    session.headers["Accept-Encoding"] = "gzip"
     session.auth = lambda request: request  # or requests would look into ~/.netrc
     session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
     adapter = _Adapter(ca_file)
@@ -364,21 +341,16 @@ def _session(api_id: str, api_key: str, ca_file: str | None) -> requests.Session
 
 def _refusal(response: requests.Response) -> ApiError:
     """Say what an answer other than 200 means, by its status alone."""
-    status = response.status_code
+    status, wait = response.status_code, None
+    cause, text = "http", f"the API answered HTTP {status}"
     if status in (401, 403):
-        return ApiError(
-            "auth", f"the API refused the credentials (HTTP {status}): check api_id and api_key", status=status
-        )
-    if 300 <= status < 400:
-        target = _origin_text(response)
-        return ApiError(
-            "http",
-            f"the API redirects{target} (HTTP {status}); redirects are not followed: set api.base_url to where it is",
-            status=status,
-        )
-    wait = _retry_after(response.headers.get("Retry-After")) if status in (429, 503) else None
-    cause = "rate_limited" if status == 429 else "http"
-    return ApiError(cause, f"the API answered HTTP {status}", status=status, retry_after=wait)
+        cause, text = "auth", f"{text}: check api_id and api_key"
+    elif 300 <= status < 400:
+        text += f", a redirect{_origin_text(response)}, which is not followed: set api.base_url to where the API is"
+    elif status in (429, 503):
+        cause = "rate_limited" if status == 429 else "http"
+        wait = _retry_after(response.headers.get("Retry-After"))
+    return ApiError(cause, text, status=status, retry_after=wait)
 
 
 def _origin_text(response: requests.Response) -> str:
@@ -430,15 +402,12 @@ def _balance(body: bytearray) -> float:
     raise ApiError("payload", "the balance is no JSON object with a number remaining_credits")
 
 
-_FAILURES: tuple[tuple[tuple[type[Exception], ...], str, str], ...] = (
-    (
-        (TimeoutError, requests.Timeout, urllib3.exceptions.ReadTimeoutError),
-        "timeout",
-        "the API did not answer in time",
-    ),
-    ((urllib3.exceptions.DecodeError,), "payload", "the body of the answer cannot be decompressed"),
-    ((http.client.IncompleteRead,), "payload", "the body of the answer is cut short"),
-    ((urllib3.exceptions.ProxyError,), "connection", "the proxy of the environment does not lead to the API"),
+_TIMEOUTS = (TimeoutError, requests.Timeout, urllib3.exceptions.ReadTimeoutError)
+_FAILURES: tuple[tuple[type[Exception] | tuple[type[Exception], ...], str, str], ...] = (
+    (_TIMEOUTS, "timeout", "the API did not answer in time"),
+    (urllib3.exceptions.DecodeError, "payload", "the body of the answer cannot be decompressed"),
+    (http.client.IncompleteRead, "payload", "the body of the answer is cut short"),
+    (urllib3.exceptions.ProxyError, "connection", "the proxy of the environment does not lead to the API"),
 )
 
 
@@ -450,7 +419,7 @@ def _related(error: BaseException) -> Iterator[BaseException]:
         if id(error) not in found:
             found.add(id(error))
             yield error
-            parts = (*error.args, getattr(error, "reason", None), error.__cause__, error.__context__)
+            parts = (*error.args, getattr(error, "reason", None), error.__cause__)
             waiting.extend(part for part in parts if isinstance(part, BaseException))
 
 

@@ -322,7 +322,7 @@ def test_a_redirect_target_receives_no_request() -> None:
         with Server(redirect) as server, closing(client(server.url)) as subject:
             error = failure(lambda: ids(subject))
         assert (error.cause, error.status) == ("http", 302)
-        assert f"http://127.0.0.1:{elsewhere.port};" in f"{error}".replace(" (HTTP 302)", "")
+        assert f"to http://127.0.0.1:{elsewhere.port}," in str(error)
         assert "api.base_url" in str(error)
         assert elsewhere.connections == 0
 
@@ -362,6 +362,7 @@ def test_retry_after_counts_only_with_429_and_503() -> None:
         assert failure(lambda: ids(subject)).retry_after is None
 
 
+@settings(deadline=None)
 @given(
     st.text(max_size=40) | st.from_regex(r"[A-Z][a-z]{2}, \d{1,3} [A-Z][a-z]{2} \d{1,6} \d\d:\d\d:\d\d [-+A-Z0-9]{0,8}")
 )
@@ -533,9 +534,7 @@ def test_a_socket_that_comes_after_the_end_is_refused() -> None:
     with one, other, pytest.raises(TimeoutError):
         call.watch(one)
     call.end()
-    late = api._Call(0)
-    late.end()
-    assert failure(late.check).cause == "timeout"
+    assert failure(call.check).cause == "connection"
 
 
 def test_a_listing_given_up_half_way_closes_its_connection() -> None:
