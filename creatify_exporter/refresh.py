@@ -143,6 +143,7 @@ class Workspace:
         self._round: Round | None = None
         self._last_success: float | None = None
         self._started = self._held_until = self._balance_held_until = -math.inf
+        self._balance_running = False
         self._hinted = False
 
     def begin(self) -> Round | None:
@@ -161,11 +162,13 @@ class Workspace:
             return settling
         current = self._round = Round()
         self._started = now
-        if self.settings.balance and now >= self._balance_held_until:
+        if self.settings.balance and now >= self._balance_held_until and not self._balance_running:
+            self._balance_running = True
 
             def take_balance(balance: float | ApiError) -> None:
+                self._balance_running = False
                 if isinstance(balance, float):
-                    current.balance = balance
+                    (self._round or current).balance = balance
                 elif balance.retry_after is not None or balance.cause == "rate_limited":
                     self._balance_held_until = self._clock.monotonic() + _back_off(balance)
 

@@ -295,12 +295,27 @@ async def test_a_refused_balance_holds_back_no_listing(scene: Scene) -> None:
 
 
 @asynchronous
-async def test_a_balance_that_hangs_delays_no_answer(scene: Scene) -> None:
+async def test_a_balance_that_hangs_delays_no_answer_and_is_asked_for_once(scene: Scene) -> None:
     scene.start()
     gate = scene.api.balances["w"] = Gate(lambda exchange: exchange.reply({"remaining_credits": 7}))
-    scrape = await scene.scrape()
-    assert (scrape.value(UP), scrape.value(BALANCE)) == (1, None)
+    for _ in range(3):
+        scrape = await scene.scrape()
+        assert (scrape.value(UP), scrape.value(BALANCE)) == (1, None)
+    assert (scene.api.listings("w"), scene.api.looks_at_balance("w")) == (3, 1)
+    # It belongs to the scrape during which it arrives.
+    listing = scene.api.answers["w"] = Gate(tasks(task()))
+    waiting = asyncio.create_task(scene.scrape())
+    await until(lambda: scene.api.listings("w") == 4)
     gate.open()
+    counted = "creatify_exporter_api_requests_total"
+
+    async def read() -> bool:
+        return (await scene.scrape(timeout=0.02)).value(counted, endpoint="remaining_credits") == 1
+
+    while not await read():
+        pass
+    listing.open()
+    assert (await waiting).value(BALANCE) == 7
 
 
 @asynchronous
