@@ -1,6 +1,11 @@
 """What holds for every test."""
 
+import hypothesis
 import pytest
+
+# How long one example takes says more about the machine and what else runs on it than about the code.
+hypothesis.settings.register_profile("any-machine", deadline=None)
+hypothesis.settings.load_profile("any-machine")
 
 
 @pytest.hookimpl(tryfirst=True)

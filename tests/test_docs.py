@@ -6,6 +6,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import promql_parser
@@ -342,10 +343,14 @@ def test_the_sample_in_the_readme_is_what_the_demo_shows(tmp_path: Path) -> None
 # Flags, endpoints, targets
 
 
+@cache
+def help_text() -> str:
+    return output(sys.executable, ROOT / "exporter.py", "--help")
+
+
 def flags() -> set[str]:
     """Return the flags that `--help` tells."""
-    text = output(sys.executable, ROOT / "exporter.py", "--help")
-    return set(re.findall(r"(?<![\w-])--[a-z](?:[\w.-]*\w)?", text))
+    return set(re.findall(r"(?<![\w-])--[a-z](?:[\w.-]*\w)?", help_text()))
 
 
 def table(document: str, heading: str) -> list[list[str]]:
@@ -362,7 +367,7 @@ def test_the_documented_flags_are_those_of_the_help_text() -> None:
 
 
 def test_the_documented_defaults_are_those_of_the_help_text() -> None:
-    text = re.sub(r"\s+", " ", output(sys.executable, ROOT / "exporter.py", "--help"))
+    text = re.sub(r"\s+", " ", help_text())
     for flag, default, *_ in table("docs/operation.md", "## Flags"):
         options = re.search(re.escape(flag.strip("`")) + r" (?:(?! --).)*\(default: ([^)]+)\)", text)
         assert (options[1] if options else "") == default.strip("`"), flag

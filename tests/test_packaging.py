@@ -126,7 +126,8 @@ def test_a_build_keeps_the_revision_it_was_made_from(sdist: Path, wheel: Path) -
 
 def test_a_checkout_asks_git_for_its_revision() -> None:
     head = output("git", "rev-parse", "HEAD", cwd=ROOT).strip()
-    assert creatify_exporter.revision() in {head, f"{head}-dirty"}
+    script = "import creatify_exporter; print(creatify_exporter.revision())"
+    assert output(sys.executable, "-c", script, cwd=ROOT).strip() in {head, f"{head}-dirty"}
 
 
 def test_without_git_and_without_a_build_the_revision_is_unknown(tmp_path: Path) -> None:
