@@ -118,10 +118,12 @@ class Client:
             while url:
                 seen.add(url)
                 with closing(self._body(call, "text_generator", url)) as chunks:
-                    page = Page(self._counted(chunks, stream))
+                    counted = self._counted(chunks, stream)
+                    page = Page(counted)
                     try:
                         yield from page
                     except MalformedBodyError as error:
+                        _read_on(counted)
                         raise ApiError("payload", f"the list is malformed: {error}") from None
                 url = page.next and _next_url(url, page.next)
                 if url in seen:
@@ -370,6 +372,16 @@ def _retry_after(value: str | None) -> float | None:
             return max(float(text), 0.0)
         return max(parsedate_to_datetime(text).timestamp() - time.time(), 0.0)
     return None
+
+
+def _read_on(chunks: Iterator[bytes]) -> None:
+    """Read the rest of a malformed body: one that is too large is that in the first place, whatever it consists of."""
+    try:
+        for _ in chunks:
+            pass
+    except ApiError as error:
+        if error.cause == "too_large":
+            raise
 
 
 def _next_url(url: str, link: str) -> str:

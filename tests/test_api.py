@@ -162,6 +162,8 @@ HOSTILE: dict[str, tuple[Script, str]] = {
     "next page by another scheme": (answer(b'{"next":"https://localhost/","results":[]}'), "payload"),
     "too large": (chunked([b"["] + [b" " * 50_000] * 30), "too_large"),
     "too large in gzip": (gzipped(b"[" + b" " * 1_500_000), "too_large"),
+    "too large and no JSON": (gzipped(b"\0" * 1_500_000), "too_large"),
+    "no JSON and no end": (chunked([b"<html>"], end=False), "payload"),
     "headers drip": (drip_headers, "timeout"),
     "body drips": (drip_body, "timeout"),
     "gzip drips": (drip_gzip, "timeout"),
