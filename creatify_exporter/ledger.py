@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
@@ -38,6 +39,7 @@ HOUR = 3_600_000_000
 SECOND = 1_000_000
 
 _CHUNK = 1000
+_LARGEST = 2**63 - 1  # what a total may be; a sum beyond it would make every later commit fail
 _metadata = sa.MetaData()
 
 _version = sa.Table("ledger_version", _metadata, sa.Column("version", sa.Integer, nullable=False))
@@ -65,9 +67,8 @@ _tasks = sa.Table(
     sa.Column("unlisted_since", sa.BigInteger),
     sqlite_with_rowid=False,
 )
-_INSERT_TASK = {
-    name: re.sub(r":\w+", mark, str(sa.insert(_tasks))) for name, mark in (("sqlite", "?"), ("postgresql", "%s"))
-}
+_NEW_TASK = [column.name for column in _tasks.c if column.name != "unlisted_since"]
+_INSERT_TASK, _VALUES = str(sa.insert(_tasks).compile(column_keys=_NEW_TASK)).split(" VALUES ")
 _unlisted = _tasks.c.unlisted_since.is_not(None)
 sa.Index(
     "tasks_unlisted",
@@ -584,7 +585,7 @@ class _Recording:
             finished = change.status if change.status in FINISHED else None
             if old is None:
                 model, credits_ = self._labels(change.model), change.credits
-                inserted.append((self._row.name, change.id, model, finished, credits_, change.created, self._now, None))
+                inserted.append((self._row.name, change.id, model, finished, credits_, change.created, self._now))
                 if self._counts(change):
                     self._added[Key(model, "submitted", "")] += 1
                     self._added[Key(model, "credits", "")] += credits_
@@ -599,8 +600,10 @@ class _Recording:
                     updated.append({"key": change.id, "credits": credits_, "finished": finished})
             yield credits_ << 1 | (finished is not None)
         if inserted:
-            # Plain rows take half the time of parameters by name.
-            self._tx.exec_driver_sql(_INSERT_TASK[self._tx.dialect.name], inserted)
+            # All rows in one statement take a third of the time of one after the other with parameters by name.
+            values = re.sub(r":\w+", "?" if self._tx.dialect.name == "sqlite" else "%s", _VALUES)
+            rows = ", ".join([values] * len(inserted))
+            self._tx.exec_driver_sql(f"{_INSERT_TASK} VALUES {rows}", tuple(chain.from_iterable(inserted)))
             self._tasks += len(inserted)
             self._touched = True
         self._write(
@@ -680,7 +683,7 @@ class _Recording:
                     "m": key.model,
                     "n": key.metric,
                     "l": key.label,
-                    "added": added,
+                    "added": min(added, _LARGEST - (self._series[key].value if key in self._series else 0)),
                     "newest": self._newest.get(key, (0, None))[1],
                 }
                 for key, added in self._added.items()

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from functools import lru_cache
 from typing import Any
 
 import msgspec
@@ -24,7 +25,10 @@ _ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _DECIMAL = re.compile(r"[0-9]{1,40}(\.[0-9]{0,40})?|\.[0-9]{1,40}")
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_NAIVE_EPOCH = datetime(1970, 1, 1)
 _MICROSECOND = timedelta(microseconds=1)
+_OFFSET = re.compile("[+-]([01][0-9]|2[0-3]):[0-5][0-9]")
+_SHORTEST = len("2026-01-01+00:00")
 
 
 class Record(msgspec.Struct, gc=False):
@@ -125,8 +129,18 @@ def microseconds(stamp: object) -> int | None:
     """
     if type(stamp) is not str:
         return None
+    # A listing's stamps share one or two offsets; time zones as objects would take half of the time.
+    offset = _offset(stamp[-6:]) if len(stamp) > _SHORTEST else None
     try:
+        if offset is not None:
+            return (datetime.fromisoformat(stamp[:-6]) - _NAIVE_EPOCH - offset) // _MICROSECOND
         moment = datetime.fromisoformat(stamp.upper())
-    except ValueError:
+    except (ValueError, TypeError):
         return None
     return ((moment if moment.tzinfo else moment.replace(tzinfo=UTC)) - _EPOCH) // _MICROSECOND
+
+
+@lru_cache(maxsize=4096)
+def _offset(text: str) -> timedelta | None:
+    """Return what `+HH:MM` or `-HH:MM` stands for, None for anything else."""
+    return datetime.strptime(text, "%z").utcoffset() if _OFFSET.fullmatch(text) else None
