@@ -123,6 +123,29 @@ def test_ten_thousand_tenths_are_exactly_a_thousand(book: Book) -> None:
     assert counted(book)["m", "credits", ""] == 1000 * NANO
 
 
+def test_sums_beyond_what_the_ledger_holds_stay_at_the_largest_and_the_others_go_on(book: Book) -> None:
+    """Ten thousand tasks of a million credits; two hundred that took as long as from the year 1 till now."""
+    dear = [record(f"dear-{number}", credits=1_000_000) for number in range(10_000)]
+    commit(book, dear, at=SECOND)
+    long = [replace_dates(record(f"long-{number}", "running", credits=1)) for number in range(200)]
+    commit(book, [*dear, *long], at=2 * SECOND)
+    ended = [replace_dates(record(f"long-{number}", "done", credits=2)) for number in range(200)]
+    for at in (3, 4):
+        commit(book, [*dear, *ended], at=at * SECOND)
+    assert book.totals is not None
+    assert book.totals.series[Key("m", "duration", "done")].value == 2**63 - 1
+    assert counted(book) == {
+        ("m", "submitted", ""): 10_000,
+        ("m", "finished", "done"): 10_200,
+        ("m", "credits", ""): 2**63 - 1,
+    }
+
+
+def replace_dates(one: Record) -> Record:
+    one.created_at, one.updated_at = "0001-01-01T00:00:00Z", "2025-10-09T08:53:20Z"
+    return one
+
+
 def test_durations_fall_into_the_bucket_whose_bound_they_do_not_exceed(book: Book) -> None:
     seconds = {"exact": 0.5, "above": 0.500001, "longest": 601, "negative": -1}
     commit(book, [record(name, duration=int(value * SECOND)) for name, value in seconds.items()], at=SECOND)
