@@ -152,7 +152,8 @@ class Client:
         try:
             if response.status_code != 200:
                 raise _refusal(response)
-            while chunk := response.raw.read1(_READ_SIZE, decode_content=True):
+            # Of a gzip body too, no piece is longer than the given size.
+            for chunk in response.raw.stream(_READ_SIZE, decode_content=True):
                 call.check()
                 yield chunk
             call.check()
@@ -381,7 +382,7 @@ def _read_on(chunks: Iterator[bytes]) -> None:
             pass
     except ApiError as error:
         if error.cause == "too_large":
-            raise
+            raise error from None
 
 
 def _next_url(url: str, link: str) -> str:
@@ -441,6 +442,8 @@ def _failure(error: Exception) -> ApiError:
     for kinds, cause, message in _FAILURES:
         if any(isinstance(part, kinds) for part in parts):
             return ApiError(cause, message)
+    if parts == [error] and isinstance(error, urllib3.exceptions.ProtocolError):
+        return ApiError("payload", "the body of the answer ends before its last chunk")
     detail = type(parts[-1]).__name__
     for part in parts:
         if isinstance(part, ssl.SSLCertVerificationError):
