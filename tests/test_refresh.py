@@ -28,6 +28,8 @@ SUBMITTED = "creatify_text_generator_tasks_submitted_total"
 TASKS = "creatify_text_generator_tasks"
 ERRORS = "creatify_exporter_listing_errors_total"
 BALANCE = "creatify_remaining_credits"
+NO_BALANCE = {"remaining_credits": False}
+"""For tests in which it does not matter, for it may come a little before or after the listing."""
 
 
 def asynchronous(test: Callable[P, Awaitable[None]]) -> Callable[P, None]:
@@ -135,13 +137,13 @@ def errors(scrape: Scrape, workspace: str = "w") -> dict[str, float]:
 @asynchronous
 async def test_a_hundred_scrapes_at_once_cause_one_listing_and_share_one_answer(scene: Scene) -> None:
     gate = scene.api.answers["w"] = Gate(tasks(task()))
-    exporter = scene.start()
+    exporter = scene.start(api=NO_BALANCE)
     scrapes = [asyncio.create_task(exporter.scrape(None, 30, False)) for _ in range(100)]
     await until(lambda: scene.api.listings("w") == 1)
     gate.open()
     answers = await asyncio.gather(*scrapes)
     assert all(answer is answers[0] for answer in answers)
-    assert (scene.api.listings("w"), scene.api.looks_at_balance("w")) == (1, 1)
+    assert scene.api.listings("w") == 1
 
 
 @asynchronous
@@ -168,9 +170,12 @@ async def test_only_the_selected_workspaces_are_listed_and_shown(scene: Scene) -
 async def test_workspaces_are_listed_in_parallel_and_a_slow_one_takes_nothing_from_the_others(scene: Scene) -> None:
     gate = Gate(tasks(task()))
     scene.api.answers = {"slow": gate, "w": tasks(task())}
-    scene.start()
-    scrape = await scene.scrape(timeout=0.3)
+    exporter = scene.start()
+    await scene.scrape(timeout=0.05)
+    await until(lambda: exporter.workspaces()[1].up is True)
+    scrape = await scene.scrape(timeout=0.05)
     assert scrape.values(UP, "workspace") == {("slow",): 0, ("w",): 1}
+    assert scene.api.listings("slow") == 1
     gate.open()
     assert (await scene.scrape()).values(UP, "workspace") == {("slow",): 1, ("w",): 1}
 
@@ -220,11 +225,12 @@ async def test_no_new_listing_starts_within_the_minimum_interval_after_the_start
     gate.open()
     assert (await first).value("creatify_exporter_listing_duration_seconds") == 20
     scene.seconds = 29.9
-    scrape = await scene.scrape()
+    while (scrape := await scene.scrape()).value(BALANCE) is None:
+        assert scrape.value(UP) == 1
     assert (listed(scrape), scene.api.listings("w"), scrape.value(BALANCE)) == (1, 1, 7)
     scene.seconds = 30
     await scene.scrape()
-    assert (scene.api.listings("w"), scene.api.looks_at_balance("w")) == (2, 2)
+    await until(lambda: (scene.api.listings("w"), scene.api.looks_at_balance("w")) == (2, 2))
 
 
 @asynchronous
@@ -270,25 +276,31 @@ async def test_a_refused_list_holds_back_listing_and_balance_and_suppressed_scra
             scrape = await scene.scrape()
             assert (scrape.value(UP), scrape.value(BALANCE)) == (0, None)
             assert errors(scrape) == {"rate_limited" if status == 429 else "http": 1}
-        assert (scene.api.listings("w"), scene.api.looks_at_balance("w")) == (1, 1)
+        await until(lambda: (scene.api.listings("w"), scene.api.looks_at_balance("w")) == (1, 1))
     scene.seconds = held
     scene.api.answers["w"] = tasks(task())
     scrape = await scene.scrape()
-    assert (scrape.value(UP), scene.api.listings("w"), scene.api.looks_at_balance("w")) == (1, 2, 2)
+    assert (scrape.value(UP), scene.api.listings("w")) == (1, 2)
+    if held:
+        await until(lambda: scene.api.looks_at_balance("w") == 2)
 
 
 @asynchronous
 async def test_a_refused_balance_holds_back_no_listing(scene: Scene) -> None:
     scene.start()
     scene.api.balances["w"] = refuse(429, Retry_After="60")
+    requests = "creatify_exporter_api_requests_total"
+    while (await scene.scrape()).value(requests, endpoint="remaining_credits", code="429") is None:
+        pass
+    before = scene.api.listings("w")
     for scene.seconds in (0, 30, 59.9):
         scrape = await scene.scrape()
         assert (scrape.value(UP), scrape.value(BALANCE), errors(scrape)) == (1, None, {})
-    assert (scene.api.listings("w"), scene.api.looks_at_balance("w")) == (3, 1)
+    assert (scene.api.listings("w"), scene.api.looks_at_balance("w")) == (before + 3, 1)
     del scene.api.balances["w"]
     scene.seconds = 60
     await scene.scrape()
-    assert scene.api.looks_at_balance("w") == 2
+    await until(lambda: scene.api.looks_at_balance("w") == 2)
 
 
 # The balance
@@ -301,7 +313,7 @@ async def test_a_balance_that_hangs_delays_no_answer_and_is_asked_for_once(scene
     for _ in range(3):
         scrape = await scene.scrape()
         assert (scrape.value(UP), scrape.value(BALANCE)) == (1, None)
-    assert (scene.api.listings("w"), scene.api.looks_at_balance("w")) == (3, 1)
+    await until(lambda: (scene.api.listings("w"), scene.api.looks_at_balance("w")) == (3, 1))
     # It belongs to the scrape during which it arrives.
     listing = scene.api.answers["w"] = Gate(tasks(task()))
     waiting = asyncio.create_task(scene.scrape())
@@ -353,7 +365,7 @@ async def test_a_balance_is_shown_only_when_it_was_read_in_this_scrape(scene: Sc
 
 @asynchronous
 async def test_a_balance_that_nobody_wants_is_not_asked_for(scene: Scene) -> None:
-    scene.start(api={"remaining_credits": False})
+    scene.start(api=NO_BALANCE)
     assert (await scene.scrape()).value(BALANCE) is None
     assert scene.api.looks_at_balance("w") == 0
 
@@ -591,7 +603,7 @@ async def test_what_was_listed_under_other_credentials_or_another_api_is_discard
         gate.open()
         scrape = await scene.scrape()
     assert (listed(scrape), scrape.value("creatify_exporter_ledger_tasks"), errors(scrape)) == (1, 1, {})
-    assert logs == []
+    assert [one for one in logs if one["log_level"] != "debug"] == []
 
 
 @asynchronous
@@ -646,7 +658,7 @@ async def test_at_the_end_waiting_scrapes_get_what_is_there(scene: Scene) -> Non
 
 @asynchronous
 async def test_scrapes_that_get_the_same_answer_share_one_rendering_for_a_second(scene: Scene) -> None:
-    exporter = scene.start(listing={"min_interval": "1m"})
+    exporter = scene.start(listing={"min_interval": "1m"}, api=NO_BALANCE)
     await exporter.scrape(None, 30, False)  # after it, series may show their values
     first = await exporter.scrape(None, 30, False)
     assert await exporter.scrape(None, 30, False) is first
@@ -659,7 +671,7 @@ async def test_scrapes_that_get_the_same_answer_share_one_rendering_for_a_second
 async def test_many_different_selections_take_no_more_memory(scene: Scene) -> None:
     names = [f"w{number}" for number in range(40)]
     scene.api.answers = dict.fromkeys(names, tasks())
-    exporter = scene.start(listing={"min_interval": "1m"})
+    exporter = scene.start(listing={"min_interval": "1m"}, api=NO_BALANCE)
     for name in names:
         assert f'creatify_up{{workspace="{name}"}} 1.0'.encode() in await exporter.scrape(frozenset([name]), 30, False)
     assert await exporter.scrape(frozenset(names[-1:]), 30, False) is await exporter.scrape(
@@ -676,7 +688,6 @@ async def test_a_series_held_at_0_shows_its_value_in_time_even_when_no_listing_m
     for scene.seconds, value in (300.0, 0), (359.9, 0), (360.0, 1), (361.0, 1):
         scrape = await scene.scrape()
         assert scrape.value(SUBMITTED) == value
-        assert scrape.value(BALANCE) == 7
     assert scene.api.listings("w") == 2
 
 
