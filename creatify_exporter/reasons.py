@@ -72,7 +72,7 @@ _STATUSES: Final = {
     "invalid_request": {400, 404, 405, 406, 409, 410, 411, 412, 413, 414, 415, 416, 417, 422, 431},
 }
 _LITTLE: Final = "is|are|was|were|be|been|has|have|had|the|an?|your|you|its|this|that|their|our|does|do|did|s"
-_SPACE: Final = rf"([\s_-]+({_LITTLE})\b)*[\s_-]*"
+_SPACE: Final = rf"([\s_:='-]+({_LITTLE})\b)*[\s_:='\"-]*"
 # A number at the beginning, alone or before a status name; after a word for status; in a heading; before "error".
 _STATUS: Final = r"""(?i)^\W{0,3}N\W*($|[^\w\s%]|\s?[{\[(<-]|\s(client|server)\serror|\s(?-i:[A-Z])) |
     \b(http|status|code|error|gemini|upstream)(\s?/\d(\.\d)?|[\s_-]?(error|status|code|is|was))*[\s"'`:=#([-]{0,6}N\b |
@@ -85,7 +85,7 @@ _STATUS: Final = r"""(?i)^\W{0,3}N\W*($|[^\w\s%]|\s?[{\[(<-]|\s(client|server)\s
 def _pattern(alternatives: str) -> str:
     """Return the RE2 pattern that `alternatives`, in the notation of `reasons.rules`, stand for."""
     pattern = "|".join(part.strip() for part in re.split(r" \| |\n", alternatives) if part.strip(" |"))
-    pattern = re.sub("… ?", lambda _: r"(\W{1,3}\S+){0,4}\W{1,3}", pattern)
+    pattern = re.sub("… ?", lambda _: r"(\W{1,3}\S+){0,5}[\W_]{1,3}", pattern)
     pattern = re.sub(r" (?=\\[wS])", lambda _: _SPACE + r"[\s_-]+", pattern)
     pattern = re.sub(r"\bnot\b", lambda _: r"(no|(do|does|did|is|was|are|were|has|have|could)?n')t", pattern)
     return "(?i)" + pattern.replace(" ", _SPACE)
@@ -112,7 +112,7 @@ def _load(lines: str) -> tuple[list[str], re2.Set]:
 
 _UTF8: Final = _options(re2.Options.Encoding.UTF8)
 _LATIN1: Final = _options(re2.Options.Encoding.LATIN1)
-_REASONS, _AUTOMATON = _load((files(__package__) / "reasons.rules").read_text("utf-8"))
+_STAGES: Final = tuple(map(_load, (files(__package__) / "reasons.rules").read_text("utf-8").split("\n\n")[1:]))
 _STATUS_PLACES: Final = re2.compile(re.sub(r" \|\n +", "|", _STATUS).encode(), _LATIN1)
 _CONTROLS: Final = bytes(32 if byte < 32 or byte == 127 else byte for byte in range(256))
 _CODE: Final = re.compile(rb"[45]\d\d")
@@ -172,9 +172,11 @@ class Classifier:
                 if pattern.search(sanitised):
                     return reason
         words = head.encode("ascii", "replace")
-        if matches := _AUTOMATON.Match(words.translate(_DIGITLESS)):
-            first: int = min(matches)
-            return _REASONS[first]
+        digitless = words.translate(_DIGITLESS)
+        for reasons, automaton in _STAGES:
+            if matches := automaton.Match(digitless):
+                first: int = min(matches)
+                return reasons[first]
         places = islice(_STATUS_PLACES.finditer(words.translate(_PLAIN)), MAX_STATUSES)
         statuses = {int(_CODE.findall(place.group())[-1]) for place in places}
         return next((reason for reason, known in _STATUSES.items() if known & statuses), OTHER)

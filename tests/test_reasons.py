@@ -134,8 +134,8 @@ def test_prose_and_numbers_that_are_no_status_get_no_name(text: str) -> None:
 
 
 def test_no_built_in_rule_matches_nothing() -> None:
-    assert not reasons._AUTOMATON.Match(b"")
-    assert set(reasons._REASONS) == set(BUILT_IN) - {"other", "unspecified"}
+    assert not any(automaton.Match(b"") for _, automaton in reasons._STAGES)
+    assert {reason for names, _ in reasons._STAGES for reason in names} == set(BUILT_IN) - {"other", "unspecified"}
 
 
 def test_what_is_remembered_is_bounded_and_holds_no_text() -> None:
