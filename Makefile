@@ -71,7 +71,6 @@ dashboard: $(DEV)
 docs: $(DEV)
 	$(PY) -m docs.generate_configuration
 	$(PY) -m docs.generate_metrics
-	$(PY) -m docs.generate_metrics
 	$(PY) deploy/kubernetes/prometheusrule.py
 
 # The newest versions that pyproject.toml admits; --no-emit-*: no lock names the place that its packages come from.

@@ -261,6 +261,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "mv": check_paths,
     "pip": check_paths,
     "promtool": check_paths,
+    "pytest": check_paths,
     "python": check_python,
     "python3": check_python,
     "systemctl": _only("daemon-reload", "enable", "reload", "restart"),
