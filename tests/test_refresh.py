@@ -248,6 +248,18 @@ async def test_a_listing_that_is_older_than_the_maximum_age_is_no_longer_shown_a
     gate.open()
 
 
+@asynchronous
+async def test_records_that_cannot_be_used_are_counted_and_a_second_one_of_an_id_is_skipped(scene: Scene) -> None:
+    scene.api.answers["w"] = tasks(task(1), task(1, status="failed"), {"id": "no good"}, None, 7, task(2))
+    scene.start()
+    scrape = await scene.scrape()
+    assert scrape.value("creatify_exporter_malformed_tasks") == 3
+    assert (listed(scrape), scrape.value(TASKS, status="failed")) == (2, 0)
+    size = scrape.value("creatify_exporter_listing_size_bytes")
+    assert size is not None
+    assert size > 500
+
+
 # Refusals
 
 
@@ -414,6 +426,7 @@ async def test_a_ledger_that_fails_leaves_the_workspace_up_and_the_next_listing_
             assert (scrape.value(UP), listed(scrape), scrape.value(SUBMITTED)) == (1, 2, 0)
             assert errors(scrape) == {"ledger": count}
             assert scrape.value("creatify_exporter_ledger_up") == 0
+        await until(scene.exporters[0].ready)  # it answers, and only cannot record
         scene.on_ledger("DROP TRIGGER full")
         scrape = await scene.scrape()
     assert (scrape.value(SUBMITTED), scrape.value("creatify_exporter_ledger_up"), errors(scrape)) == (
