@@ -53,6 +53,7 @@ def kill_again_and_again(stage: Stage, exporter: Exporter, times: int) -> None:
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(3600)
 def test_kills_at_random_moments_lose_nothing_and_double_nothing(tmp_path: Path, soak: bool) -> None:
     with Stage(rate=20) as stage, Exporter(tmp_path, config=stage.config()) as exporter:
         count_from_here(stage, exporter)
@@ -68,6 +69,7 @@ def test_kills_at_random_moments_lose_nothing_and_double_nothing(tmp_path: Path,
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(3600)
 def test_kills_at_random_moments_lose_nothing_in_postgresql(tmp_path: Path, postgres: Postgres, soak: bool) -> None:
     with Stage(rate=20) as stage:
         config = stage.config(ledger={"url": postgres.create_database()})

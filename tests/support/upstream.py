@@ -49,7 +49,7 @@ class Exchange(BaseHTTPRequestHandler):
         self.upstream.ended.wait(seconds)
 
     def do_GET(self) -> None:
-        name = unquote(self.headers.get("X-API-ID", "").removeprefix("id-of-"))
+        name = unquote(self.headers.get("X-API-ID", "").removeprefix("id-of-").partition(".")[0])
         path = self.path.partition("?")[0]
         with self.upstream.lock:
             self.upstream.requests[name, path] += 1
