@@ -14,18 +14,18 @@ class Scraping:
     """Scrape an exporter from some threads, each with a watch of its own, until the block ends.
 
     A connection that fails is `lost` (the exporter may be down just then); any other answer than 200 and a counter that
-    fell fail the block. `pause` is in seconds.
+    fell fail the block. `pause` is in seconds; with a `workspace` only its counters are watched.
     """
 
-    def __init__(self, exporter: Exporter, threads: int = 2, pause: float = 0.01) -> None:
+    def __init__(self, exporter: Exporter, threads: int = 2, pause: float = 0.01, workspace: str | None = None) -> None:
         self.answers = self.lost = 0
-        self._exporter, self._pause = exporter, pause
+        self._exporter, self._pause, self._workspace = exporter, pause, workspace
         self._stop, self._lock = threading.Event(), threading.Lock()
         self._failures: list[BaseException] = []
         self._threads = [threading.Thread(target=self._scrape, daemon=True) for _ in range(threads)]
 
     def _scrape(self) -> None:
-        watch = Watch()
+        watch = Watch(self._workspace)
         try:
             while not self._stop.wait(self._pause):
                 try:

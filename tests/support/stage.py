@@ -144,14 +144,19 @@ class Stage:
 
 
 class Watch:
-    """Look at one answer after the other: no counter of the ledger falls, no series of one goes away."""
+    """Look at one answer after the other: no counter of the ledger falls, no series of one goes away.
 
-    def __init__(self) -> None:
+    Of all workspaces, or of one.
+    """
+
+    def __init__(self, workspace: str | None = None) -> None:
+        self._label = f'workspace="{workspace}"' if workspace else ""
         self._highest: dict[str, float] = {}
 
     def check(self, text: str) -> None:
         """Compare an answer in the text format with all before; those of one process must come in their order."""
-        lines = (line.rpartition(" ") for line in text.splitlines() if line.startswith(_COUNTERS))
+        found = (line for line in text.splitlines() if line.startswith(_COUNTERS) and self._label in line)
+        lines = (line.rpartition(" ") for line in found)
         shown = {series: float(value) for series, _, value in lines}
         fallen = {series: value for series, value in self._highest.items() if shown.get(series, -1) < value}
         assert not fallen, {series: (value, shown.get(series, "gone")) for series, value in fallen.items()}
