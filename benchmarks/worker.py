@@ -106,8 +106,8 @@ def naive(url: str) -> Callable[[], float]:
 class _NoDraft(Draft):
     """What is left of a draft without a ledger: every task is news to nobody."""
 
-    def add(self, task: Task) -> bool:
-        return True
+    def add(self, tasks: Iterable[Task]) -> list[Task]:
+        return list(tasks)
 
 
 class _NoBook(Book):

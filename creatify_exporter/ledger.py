@@ -209,27 +209,29 @@ class Draft:
         self._words: dict[tuple[str, str, str | None], int] = {}
         self._order: list[str] = []
 
-    def add(self, task: Task) -> bool:
-        """Take in one listed task; return False when this listing had its id before."""
-        slot = self.known.slots.get(task.id)
-        if slot is None:
-            if task.id in self._news:
-                return False
-        else:
-            if self._seen[slot]:
-                return False
-            self._seen[slot] = 1
-            state = task.credits << 1 | (task.status in FINISHED)
-            before = self.known.states[slot]
-            if state == before or (state >> 1 <= before >> 1 and state & 1 <= before & 1):
-                return True
-        created, duration = task.times()
-        self._news[task.id] = len(self._news)
-        self._credits.append(task.credits)
-        self._created.append(self._ABSENT if created is None else created)
-        self._duration.append(self._ABSENT if duration is None else duration)
-        self._word.append(self._words.setdefault((task.model, task.status, task.reason), len(self._words)))
-        return True
+    def add(self, tasks: Iterable[Task]) -> list[Task]:
+        """Take in listed tasks; return them, but for those whose id this listing had before."""
+        slots, states, seen, news, fresh = self.known.slots, self.known.states, self._seen, self._news, []
+        for task in tasks:
+            slot = slots.get(task.id)
+            if slot is None:
+                if task.id in news:
+                    continue
+            elif seen[slot]:
+                continue
+            fresh.append(task)
+            if slot is not None:
+                seen[slot] = 1
+                state, before = task.credits << 1 | (task.status in FINISHED), states[slot]
+                if state == before or (state >> 1 <= before >> 1 and state & 1 <= before & 1):
+                    continue
+            created, duration = task.times()
+            news[task.id] = len(news)
+            self._credits.append(task.credits)
+            self._created.append(self._ABSENT if created is None else created)
+            self._duration.append(self._ABSENT if duration is None else duration)
+            self._word.append(self._words.setdefault((task.model, task.status, task.reason), len(self._words)))
+        return fresh
 
     def changes(self) -> Iterator[list[_Change]]:
         """Return the tasks whose state is news, in chunks, by id: so a B-tree takes them in half the time."""

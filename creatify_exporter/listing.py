@@ -35,20 +35,22 @@ class Listing:
     malformed: int = 0
     size: int = 0
 
-    def add(self, task: Task) -> None:
-        """Add one task."""
-        key = task.model, task.status
-        cell = self.cells.get(key)
-        if cell is None:
-            cell = self.cells[key] = Cell()
-        cell.tasks += 1
-        cell.credits += task.credits
-        if task.reason is not None:
-            self.failed[task.model, task.reason] = self.failed.get((task.model, task.reason), 0) + 1
-        elif task.status in UNFINISHED:
-            created = task.created()
-            if created is not None and (cell.oldest is None or created < cell.oldest):
-                cell.oldest = created
+    def add(self, tasks: Iterable[Task]) -> None:
+        """Add tasks."""
+        cells, failed = self.cells, self.failed
+        for task in tasks:
+            key = task.model, task.status
+            cell = cells.get(key)
+            if cell is None:
+                cell = cells[key] = Cell()
+            cell.tasks += 1
+            cell.credits += task.credits
+            if task.reason is not None:
+                failed[task.model, task.reason] = failed.get((task.model, task.reason), 0) + 1
+            elif task.status in UNFINISHED:
+                created = task.created()
+                if created is not None and (cell.oldest is None or created < cell.oldest):
+                    cell.oldest = created
 
     @property
     def models(self) -> list[str]:

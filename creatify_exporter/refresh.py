@@ -269,15 +269,12 @@ class Workspace:
         error = ledger_error = draft = None
         try:
             draft = self._book.draft()
-            read = TaskReader(settings.classify)
+            read = TaskReader(settings.classify, draft.known.slots)
             stream = self._client.tasks()
             for batch in stream:
-                for record in batch:
-                    task = read(record)
-                    if task is None:
-                        listing.malformed += 1
-                    elif draft.add(task):
-                        listing.add(task)
+                tasks = read(batch)
+                listing.malformed += len(batch) - len(tasks)
+                listing.add(draft.add(tasks))
             listing.size = stream.size
         except ApiError as failure:
             error = failure
@@ -445,11 +442,10 @@ def reasons_report(config: Config) -> tuple[str, bool]:
         client = Client(**_access(config, one), on_request=lambda _endpoint, _code: None)
         try:
             for record in chain.from_iterable(client.tasks()):
-                task = read(record)
-                if record and task and task.id not in seen:
-                    seen.add(task.id)
-                    if task.status == "failed":
+                for task in read([record]):
+                    if record and task.status == "failed" and task.id not in seen:
                         report.add(record.failed_reason)
+                    seen.add(task.id)
         except ApiError as error:
             complete = False
             _log.error("listing failed", workspace=one.name, cause=error.cause, status=error.status, error=str(error))

@@ -1,7 +1,7 @@
 """Tasks of the text generator, and how one JSON record becomes one."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterable
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from functools import lru_cache
@@ -74,35 +74,45 @@ class Task(msgspec.Struct, gc=False):
 
 
 class TaskReader:
-    """Turn records into tasks; remember the models and statuses met, for most records repeat them."""
+    """Turn records into tasks; remember the models met, for most records repeat them.
 
-    def __init__(self, classify: Callable[[object], str]) -> None:
+    The ids in `known` are usable, so they are not looked at again.
+    """
+
+    def __init__(self, classify: Callable[[object], str], known: Container[str] = ()) -> None:
         self._classify = classify
+        self._known = known
         self._models: dict[str, str] = {}
 
-    def __call__(self, record: Record | None) -> Task | None:
-        """Return the task of `record`, or None when it has no usable id (design section 7)."""
-        if record is None or type(record.id) is not str or not _ID.fullmatch(record.id):
-            return None
-        status = record.status
-        if type(status) is not str or status not in STATUSES:
-            status = UNKNOWN
-        name = record.model_name
-        model = self._models.get(name) if type(name) is str else UNKNOWN
-        if model is None:
-            model = model_of(name)
-            # Hostile names may be many and long: what is remembered stays small.
-            if len(name) <= MAX_MODEL_LENGTH and len(self._models) < 1000:
-                self._models[name] = model
-        return Task(
-            record.id,
-            model,
-            status,
-            self._classify(record.failed_reason) if status == "failed" else None,
-            nanocredits(record.credits_used),
-            record.created_at,
-            record.updated_at,
-        )
+    def __call__(self, records: Iterable[Record | None]) -> list[Task]:
+        """Return the tasks of `records`, but for those that have no usable id (design section 7)."""
+        known, models, tasks = self._known, self._models, []
+        for record in records:
+            if record is None or type(record.id) is not str:
+                continue
+            if record.id not in known and not _ID.fullmatch(record.id):
+                continue
+            status, name = record.status, record.model_name
+            if type(status) is not str or status not in STATUSES:
+                status = UNKNOWN
+            model = models.get(name) if type(name) is str else UNKNOWN
+            if model is None:
+                model = model_of(name)
+                # Hostile names may be many and long: what is remembered stays small.
+                if len(name) <= MAX_MODEL_LENGTH and len(models) < 1000:
+                    models[name] = model
+            tasks.append(
+                Task(
+                    record.id,
+                    model,
+                    status,
+                    self._classify(record.failed_reason) if status == "failed" else None,
+                    nanocredits(record.credits_used),
+                    record.created_at,
+                    record.updated_at,
+                )
+            )
+        return tasks
 
 
 def model_of(name: str) -> str:

@@ -188,10 +188,7 @@ class Machine(RuleBasedStateMachine):
     def break_off(self, replica: int, done: int) -> None:
         """A listing that ends in the middle leaves no trace."""
         draft, read = self.books[replica % self.replicas].draft(), TaskReader(classify)
-        for fact in self.facts[:done]:
-            task = read(fact.record())
-            assert task is not None
-            draft.add(task)
+        draft.add(read(fact.record() for fact in self.facts[:done]))
 
     @rule(replica=st.integers(0, 5), statement=st.integers(0, 12))
     def fail(self, replica: int, statement: int) -> None:

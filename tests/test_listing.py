@@ -19,10 +19,7 @@ def listing(*records: dict[str, Any]) -> Listing:
     result, read = Listing(), TaskReader(lambda text: str(text or "unspecified"))
     numbered = [{"id": f"task-{number}", **one} for number, one in enumerate(records)]
     for batch in Page([json.dumps(numbered).encode()]):
-        for one in batch:
-            task = read(one)
-            assert task is not None
-            result.add(task)
+        result.add(read(batch))
     return result
 
 

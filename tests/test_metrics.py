@@ -62,12 +62,10 @@ def seen(case: str) -> WorkspaceView:
     listing = Listing()
     for now, body in zip((START, START + 60 * SECOND), bodies, strict=True):
         draft, listing, read = book.draft(), Listing(), TaskReader(CLASSIFY)
-        for one in (one for batch in Page([body]) for one in batch):
-            task = read(one)
-            if task is None:
-                listing.malformed += 1
-            elif draft.add(task):
-                listing.add(task)
+        for batch in Page([body]):
+            tasks = read(batch)
+            listing.malformed += len(batch) - len(tasks)
+            listing.add(draft.add(tasks))
         listing.size = len(body)
         book.commit(draft, listing.models, COUNTING, now)
         assert book.totals is not None
@@ -236,10 +234,9 @@ def test_every_known_model_has_every_series_from_the_start() -> None:
 def test_credits_lose_nothing_on_the_way_into_the_text() -> None:
     found = Listing()
     for nano in (100_000_000, 200_000_000, 1):
-        task = TaskReader(CLASSIFY)(next(iter(Page([b'[{"id": "a"}]'])))[0])
-        assert task is not None
+        (task,) = TaskReader(CLASSIFY)(next(iter(Page([b'[{"id": "a"}]']))))
         task.credits = nano
-        found.add(task)
+        found.add([task])
     text = exposition(view("w", found.labelled(ModelLabels([], 1))))
     assert 'creatify_text_generator_listed_credits{model="unknown",workspace="w"} 0.300000001' in text
 

@@ -505,7 +505,7 @@ async def test_a_mistake_of_ours_fails_its_workspace_and_nothing_else(
             patch.setattr(
                 TaskReader,
                 "__call__",
-                lambda self, record: fail() if record.model_name == "wrong" else read(self, record),
+                lambda self, batch: fail() if batch[0].model_name == "wrong" else read(self, batch),
             )
         else:
             former = getattr(Book, place)

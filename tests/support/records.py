@@ -43,11 +43,7 @@ def classify(text: object) -> str:
 def commit(book: Book, records: Iterable[Record], *, at: int = 0, policy: Policy = POLICY) -> Listing:
     """Commit one listing at START + `at` microseconds, and return its sums."""
     draft, listing, read = book.draft(), Listing(), TaskReader(classify)
-    for one in records:
-        task = read(one)
-        assert task is not None
-        if draft.add(task):
-            listing.add(task)
+    listing.add(draft.add(read(records)))
     book.commit(draft, listing.models, policy, START + at)
     return listing
 
