@@ -628,7 +628,8 @@ class _Recording:
         if change.reason is not None:
             key = Key(model, "failures", change.reason)
             self._added[key] += 1
-            self._newest[key] = max(self._newest.get(key, (0, "")), (change.created or 0, change.id))
+            rank = min(max(change.created or 0, 0), self._now), change.id
+            self._newest[key] = max(self._newest.get(key, (0, "")), rank)
         if change.duration is not None:
             bucket = bisect_left(BUCKETS, change.duration / SECOND)
             self._added[Key(model, "bucket", f"{change.status}/{bucket}")] += 1
@@ -673,8 +674,20 @@ class _Recording:
             ],
         )
 
+    def _keep_newer_exemplars(self) -> None:
+        """Leave the exemplars that are newer than what was listed late."""
+        former = {key: self._series[key].exemplar for key in self._newest if key in self._series}
+        query = sa.select(_tasks.c.id, _tasks.c.created, _tasks.c.first_seen).where(
+            _tasks.c.workspace == self._row.name, _tasks.c.id.in_([one for one in former.values() if one])
+        )
+        known = {one.id: min(one.created or 0, one.first_seen) for one in self._tx.execute(query)} if former else {}
+        for key, one in former.items():
+            if one in known and (known[one], one) > self._newest[key]:
+                del self._newest[key]
+
     def finish(self) -> bool:
         """Write the totals and the workspace's row; return whether anything changed."""
+        self._keep_newer_exemplars()
         self._write(
             self._total(
                 value=_totals.c.value + sa.bindparam("added"),

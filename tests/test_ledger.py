@@ -176,6 +176,25 @@ def test_the_exemplar_is_the_newest_failed_task(book: Book) -> None:
     assert book.totals.series[Key("m", "failures", "timeout")].exemplar == "newer"
 
 
+def test_the_exemplar_stays_the_newest_when_an_older_task_is_listed_late(book: Book) -> None:
+    key, tasks = Key("m", "failures", "timeout"), list[Record]()
+    steps = [("first", 20, "first"), ("late", 10, "first"), ("future", 10**15, "future"), ("next", 16 * SECOND, "next")]
+    for at, (name, created, expected) in enumerate(steps, 1):
+        tasks.append(record(name, "failed", created=created, failed_reason="timeout"))
+        commit(book, tasks, at=at * 5 * SECOND)
+        assert book.totals is not None
+        assert book.totals.series[key].exemplar == expected
+    for at, odd in (30, None), (31, -2_000_000_000 * SECOND):
+        tasks.append(record(f"odd-{at}", "running", created=odd))
+        commit(book, tasks, at=at * SECOND)
+        tasks[-1] = record(f"odd-{at}", "failed", created=odd, failed_reason="timeout")
+        commit(book, tasks, at=at * SECOND + 1)
+        assert book.totals is not None
+        assert book.totals.series[key].exemplar == "next"
+    assert book.totals is not None
+    assert book.totals.series[key].value == len(tasks)
+
+
 # Retention
 
 
