@@ -53,6 +53,22 @@ def kill_again_and_again(stage: Stage, exporter: Exporter, times: int) -> None:
 
 
 @pytest.mark.soak
+def test_a_kill_while_the_ledger_is_made_does_not_stop_the_next_start(tmp_path: Path, soak: bool) -> None:
+    chance = random.Random(7)
+    with Stage() as stage:
+        for number in range(50 if soak else 3):
+            exporter = Exporter(tmp_path / str(number), config=stage.config())
+            exporter.launch()
+            ledger = exporter.directory() / "creatify-exporter.db"
+            eventually(ledger.exists, 30, "the file is there", every=0.001)
+            threading.Event().wait(chance.uniform(0, 0.03))  # the moment is what is random here
+            exporter.kill()
+            with exporter:
+                assert exporter.scrape().value("creatify_exporter_ledger_up") == 1
+                assert set(counter_series(exporter.scrape()).values()) == {0.0}
+
+
+@pytest.mark.soak
 @pytest.mark.timeout(3600)
 def test_kills_at_random_moments_lose_nothing_and_double_nothing(tmp_path: Path, soak: bool) -> None:
     with Stage(rate=20) as stage, Exporter(tmp_path, config=stage.config()) as exporter:
@@ -87,7 +103,10 @@ def test_replicas_on_one_postgresql_ledger_agree_whatever_happens_to_it(tmp_path
         replicas = [Exporter(tmp_path / name, config=config) for name in ("one", "two")]
         stage.baseline()
         for replica in replicas:
+            replica.launch()  # both at once: one of them makes the tables
+        for replica in replicas:
             stack.enter_context(replica)
+            eventually(replica.ready, 30, "a replica answers")
         for replica in (*replicas, *replicas):
             replica.scrape()
         stage.time.run(10)
