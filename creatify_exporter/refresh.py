@@ -25,6 +25,7 @@ from creatify_exporter.tasks import OTHER, TaskReader
 
 _BACK_OFF = 30.0
 _LONGEST_BACK_OFF = 300.0
+_BALANCE_MOMENT = 0.1  # seconds
 _MANY_UNKNOWN = 0.2
 _SHARED_ANSWERS = 32
 
@@ -110,10 +111,11 @@ class Outcome:
 
 
 class Round:
-    """A listing under way, and the look at the balance beside it; `done` belongs to the event loop."""
+    """A listing under way, and the look at the balance beside it; the futures belong to the event loop."""
 
     def __init__(self) -> None:
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.looking: asyncio.Future[None] | None = None
         self.balance: float | None = None
 
     def end(self) -> None:
@@ -156,17 +158,20 @@ class Workspace:
         if now < self._held_until or now < self._started + self.settings.min_interval:
             if not self._book.due(self.settings.policy, self._clock.microseconds()):
                 return None
-            settling = Round()
-            settling.balance = self._round.balance if self._round and now >= self._held_until else None
-            self._in_thread(lambda: self._settle(self.settings), lambda _: settling.end())
-            return settling
+            former, current = self._round, Round()
+            current.balance = former.balance if former and now >= self._held_until else None
+            self._round = current
+            self._in_thread(lambda: self._settle(self.settings), lambda _: current.end())
+            return current
         current = self._round = Round()
         self._started = now
         if self.settings.balance and now >= self._balance_held_until and not self._balance_running:
             self._balance_running = True
+            looking = current.looking = asyncio.get_running_loop().create_future()
 
             def take_balance(balance: float | ApiError) -> None:
                 self._balance_running = False
+                looking.set_result(None)
                 if isinstance(balance, float):
                     (self._round or current).balance = balance
                 elif balance.retry_after is not None or balance.cause == "rate_limited":
@@ -398,8 +403,13 @@ class Exporter:
         """
         chosen = [one for one in self._workspaces.values() if names is None or one.name in names]
         rounds = [one.begin() for one in chosen]
+        latest = asyncio.get_running_loop().time() + timeout
         if waits := [one.done for one in rounds if one]:
             await asyncio.wait(waits, timeout=timeout)
+        # A short listing is often done a moment before the balance; without this moment that would come and go.
+        if late := [one.looking for one in rounds if one and one.looking and one.done.done()]:
+            moment = min(_BALANCE_MOMENT, latest - asyncio.get_running_loop().time())
+            await asyncio.wait(late, timeout=max(moment, 0))
         views = [one.view(waited_for) for one, waited_for in zip(chosen, rounds, strict=True)]
         for one, view in zip(chosen, views, strict=True):
             one.answered(view)

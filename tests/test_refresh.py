@@ -13,6 +13,7 @@ import pytest
 import structlog
 from structlog.testing import capture_logs
 
+from creatify_exporter import refresh
 from creatify_exporter.api import Client
 from creatify_exporter.config import Config
 from creatify_exporter.ledger import Book, Ledger
@@ -373,6 +374,19 @@ async def test_a_balance_is_shown_only_when_it_was_read_in_this_scrape(scene: Sc
         ("remaining_credits", "200"): 1,
         ("remaining_credits", "500"): 1,
     }
+
+
+@asynchronous
+async def test_a_balance_that_comes_a_moment_after_a_short_listing_is_in_the_answer(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(refresh, "_BALANCE_MOMENT", 60)
+    scene.start()
+    gate = scene.api.balances["w"] = Gate(lambda exchange: exchange.reply({"remaining_credits": 7}))
+    waiting = asyncio.create_task(scene.scrape(timeout=60))
+    await until(lambda: scene.exporters[-1].workspaces()[0].up is True)
+    gate.open()
+    assert (await waiting).value(BALANCE) == 7
 
 
 @asynchronous
