@@ -540,6 +540,8 @@ def _stat(panel: Stat) -> stat.Panel:
             else options.BigValueTextMode.VALUE
         )
         .reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"]))
+        # A long time range makes no longer $__rate_interval: what is said of now stays about now.
+        .max_data_points(20_000)
     )
     if panel.texts:
         results = {

@@ -268,10 +268,10 @@ def mutants(rule: Rule) -> Iterator[Mutant]:
 
 @cache
 def cases_of(alert: str) -> list[dict[str, Any]]:
-    """Return what is asked of one alert, case by case, the shortest first: in its own file and in all situations."""
+    """Return what is asked of one alert, case by case: in its own file, the shortest first, then in situations."""
     own, situations = (load(PROMETHEUS / "tests" / f"{stem}.yml") for stem in (kebab(alert), "situations"))
     cases = []
-    for case in own["tests"]:
+    for case in sorted(own["tests"], key=lambda c: sum(len(expand(s["values"])) for s in c["input_series"])):
         spoken = [t for t in case.get("alert_rule_test", []) if t["alertname"] == alert]
         asked = [t for t in case.get("promql_expr_test", []) if f'"{alert}"' in t["expr"]]
         cases.append({**own, "tests": [{**case, "alert_rule_test": spoken, "promql_expr_test": asked}]})
@@ -285,7 +285,6 @@ def cases_of(alert: str) -> list[dict[str, Any]]:
             for t in case["promql_expr_test"]
         ]
         cases.append({**situations, "tests": [{**case, "promql_expr_test": asked}]})
-    cases.sort(key=lambda case: sum(len(expand(series["values"])) for series in case["tests"][0]["input_series"]))
     return cases
 
 

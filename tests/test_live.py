@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,18 +126,19 @@ def test_the_rules_run_without_an_error_on_the_demo(live: Live) -> None:
 def test_a_second_replica_changes_no_panel(live: Live, tmp_path: Path) -> None:
     """Write what was scraped once more, as of a second instance, and ask every panel about one and about both."""
     prometheus, promtool = live.prometheus, require("promtool")[0]
-    eventually(lambda: live.prometheus.query("ALERTS"), live.within_a_minute(), "an alert")
+
+    def complete() -> bool:
+        drawn = (ask(prometheus, target, time.time()) for target in TARGETS if str(target) not in WITHOUT_DATA)
+        return all(map(with_values, drawn))
+
+    eventually(complete, live.within_a_minute(), "data in every panel")
     at = time.time()
-    lines = []
-    for series in prometheus.query('{job="creatify"}[90s]', at):
-        for instance in ("one", "two"):
-            labels = {**series.labels, "instance": instance}
-            name = labels.pop("__name__")
-            selector = ",".join(f'{label}="{value}"' for label, value in labels.items())
-            lines += [f"{name}{{{selector}}} {value!r} {moment:.3f}" for moment, value in series.points]
-    samples = tmp_path / "samples.txt"
-    samples.write_text("\n".join([*lines, "# EOF\n"]), encoding="utf-8")
-    output(promtool, "tsdb", "create-blocks-from", "openmetrics", samples, tmp_path / "tsdb")
+    samples = [
+        ({**series.labels, "instance": instance}, series.points)
+        for series in prometheus.query('{job="creatify"}[90s]', at)
+        for instance in ("one", "two")
+    ]
+    backfill(promtool, tmp_path, samples)
     differ, compared = [], 0
     with Prometheus(tmp_path, {"global": {"scrape_interval": "1s"}}, *rules.FLAGS) as backfilled:
         for target in TARGETS:
@@ -153,9 +154,79 @@ def test_a_second_replica_changes_no_panel(live: Live, tmp_path: Path) -> None:
     assert compared > len(TARGETS) - len(BY_INSTANCE) - len(WITHOUT_DATA) - 2
 
 
+def backfill(
+    promtool: str, directory: Path, samples: Iterable[tuple[Mapping[str, str], Sequence[tuple[float, float]]]]
+) -> None:
+    """Write series, as labels and points, to where a Prometheus of this directory keeps its data."""
+    lines = []
+    for labels, points in samples:
+        selector = ",".join(f'{name}="{value}"' for name, value in labels.items() if name != "__name__")
+        lines += [f"{labels['__name__']}{{{selector}}} {value!r} {moment:.3f}" for moment, value in points]
+    exposition = directory / "samples.txt"
+    exposition.write_text("\n".join([*lines, "# EOF\n"]), encoding="utf-8")
+    output(promtool, "tsdb", "create-blocks-from", "openmetrics", exposition, directory / "tsdb")
+
+
 def shown(series: list[Series]) -> dict[str, list[tuple[float, str]]]:
     """Return series as they would be drawn: comparable where a value is NaN, or added up in another order."""
     return {str(sorted(each.labels.items())): [(at, f"{value:.9g}") for at, value in each.points] for each in series}
+
+
+# What happens in a minute, on one model; the balance falls by what is used.
+SUBMITTED, DONE, FAILED, CREDITS, BALANCE = 10, 8, 2, 5, 6000
+TRUTH = {
+    "Failure ratio now (__auto)": FAILED / (DONE + FAILED),
+    "Credits left ({{workspace}})": BALANCE,
+    "Credits per hour, and time to empty (per hour)": CREDITS * 60,
+    "Credits per hour, and time to empty (time to empty)": BALANCE / CREDITS * 60,
+    "Submitted and finished per minute (submitted)": SUBMITTED,
+    "Failure ratio by model ({{model}})": FAILED / (DONE + FAILED),
+    "Failures per hour by reason ({{reason}})": FAILED * 60,
+    "Credits used per hour by model ({{model}})": CREDITS * 60,
+    "Credits per finished task ({{model}})": CREDITS / (DONE + FAILED),
+    "Share of models ({{model}})": CREDITS * 180,
+    "Task duration, as reported by the API (p50)": 7.5,
+}
+
+
+@pytest.mark.parametrize("scrape", [15, 60])
+def test_panels_show_the_truth_of_two_replicas_at_15_and_at_60_seconds(tmp_path: Path, scrape: int) -> None:
+    at, span = float(int(time.time()) // 60 * 60), 4 * 3600
+    moments = range(-span, scrape, scrape)
+
+    def series(name: str, per_minute: float, last: float | None = None, **labels: str) -> Any:
+        first = 0 if last is None else last - per_minute * span / 60
+        points = [(at + moment, first + per_minute * (moment + span) / 60) for moment in moments]
+        common = {"__name__": f"creatify_{name}", "job": "creatify", "workspace": "w"}
+        return [({**common, "instance": instance, **labels}, points) for instance in ("one", "two")]
+
+    samples = [
+        *series("remaining_credits", -CREDITS, BALANCE),
+        *series("text_generator_tasks_submitted_total", SUBMITTED, model="m"),
+        *series("text_generator_tasks_finished_total", DONE, model="m", status="done"),
+        *series("text_generator_tasks_finished_total", FAILED, model="m", status="failed"),
+        *series("text_generator_failures_total", FAILED, model="m", reason="overloaded"),
+        *series("text_generator_failures_total", 0, model="m", reason="timeout"),
+        *series("text_generator_credits_used_total", CREDITS, model="m"),
+    ]
+    for le, count in (("5.0", 0), ("10.0", DONE), ("+Inf", DONE)):
+        name = "text_generator_task_duration_seconds_bucket"
+        samples += series(name, count, model="m", status="done", le=le)
+    backfill(require("promtool")[0], tmp_path, samples)
+    found = {}
+    with Prometheus(tmp_path, {"global": {"scrape_interval": "60s"}}) as prometheus:
+        for target in TARGETS:
+            interval = seconds(target.panel.get("interval", f"{scrape}s"))
+            expression = substitute(target.expr, scrape=scrape, interval=interval, time_range=3 * 3600)
+            answer = with_values(prometheus.query(expression, at))
+            if str(target) in TRUTH:
+                (found[str(target)],) = (each.value for each in answer)
+            elif target.panel["title"] == "Top reasons":
+                found[f"reasons {len(found)}"] = {each.labels["reason"]: each.value for each in answer}["overloaded"]
+                assert len(answer) == 1
+    failures, share, models = (found.pop(key) for key in list(found) if key.startswith("reasons"))
+    assert (failures, share, models) == (FAILED * 180, 1, 1)
+    assert found == pytest.approx(TRUTH, rel=1e-6)
 
 
 def notifying(webhook: Webhook) -> dict[str, Any]:
