@@ -89,11 +89,14 @@ class Bench:
         shape = ROWS[name]
         self.write("before", listing(**shape))
         self.write("after", listing(**shape, step=1))
-        with Worker("drain", f"{self._url}/before") as drain, Worker("naive", f"{self._url}/before") as naive:
-            drain.run()  # warms up; the other one costs so much that it does not matter
+        with ExitStack() as stack:
+            plain = {
+                kind: stack.enter_context(Worker(kind, f"{self._url}/before")) for kind in ("recv", "drain", "naive")
+            }
+            plain["drain"].run()  # warms up; the naive one costs so much that it does not matter
             for _ in range(self.scale.runs):
-                self.costs[f"{name} drain"].append(drain.run())
-                self.costs[f"{name} naive"].append(naive.run())
+                for kind, worker in plain.items():
+                    self.costs[f"{name} {kind}"].append(worker.run())
                 self.scrapes(name, self.sqlite)
                 with Worker("ours", f"{self._url}/before", "none") as worker:
                     worker.run()

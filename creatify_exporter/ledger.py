@@ -426,6 +426,7 @@ class Book:
         self._draft: Draft | None = None
         self._revision = 0
         self._answered: dict[Key, int] = {}
+        self._noted: Totals | None = None
 
     def draft(self) -> Draft:
         """Return an empty draft for one listing; the first one in a process reads what the ledger holds."""
@@ -489,9 +490,11 @@ class Book:
 
     def answered(self, totals: Totals, now: int) -> None:
         """Take note that an answer at `now` carried the series of `totals`; a later transaction writes it."""
-        for key, total in totals.series.items():
-            if total.answered_at is None:
-                self._answered.setdefault(key, now)
+        if totals is not self._noted:
+            self._noted = totals
+            for key, total in totals.series.items():
+                if total.answered_at is None:
+                    self._answered.setdefault(key, now)
 
     def _row(self, tx: Connection) -> Row[Any] | None:
         return tx.execute(sa.select(_workspaces).where(_workspaces.c.name == self._name)).first()

@@ -227,13 +227,17 @@ def _add_totals(samples: _Samples, name: str, totals: Totals) -> None:
 
 
 def render(workspaces: Sequence[WorkspaceView], exporter: ExporterView | None, *, openmetrics: bool) -> bytes:
-    """Return the exposition: OpenMetrics 1.0.0, or text format 0.0.4.
+    """Return the exposition: OpenMetrics 1.0.0, or text format 0.0.4."""
+    return _rendered(openmetrics, ExporterCollector(workspaces, exporter))
 
-    With an `exporter`, the process and Python metrics come along.
-    """
+
+def render_process(*, openmetrics: bool) -> bytes:
+    """Return the exposition of the process and Python metrics, to be put after that of `render`."""
+    return _rendered(openmetrics, PROCESS_COLLECTOR, PLATFORM_COLLECTOR, GC_COLLECTOR)
+
+
+def _rendered(openmetrics: bool, *collectors: Collector) -> bytes:
     registry = CollectorRegistry()
-    registry.register(ExporterCollector(workspaces, exporter))
-    if exporter is not None:
-        for collector in (PROCESS_COLLECTOR, PLATFORM_COLLECTOR, GC_COLLECTOR):
-            registry.register(collector)
+    for collector in collectors:
+        registry.register(collector)
     return generate_openmetrics(registry) if openmetrics else generate_latest(registry)

@@ -19,7 +19,7 @@ from creatify_exporter.api import CAUSES, ApiError, Client
 from creatify_exporter.config import Config
 from creatify_exporter.ledger import SECOND, Book, Draft, Ledger, LedgerError, LedgerMissingError, Policy
 from creatify_exporter.listing import Listing, ModelLabels
-from creatify_exporter.metrics import ExporterView, WorkspaceView, render
+from creatify_exporter.metrics import ExporterView, WorkspaceView, render, render_process
 from creatify_exporter.reasons import Classifier, Report
 from creatify_exporter.tasks import OTHER, TaskReader
 
@@ -369,6 +369,7 @@ class Exporter:
         self._tallies: defaultdict[str, Tally] = defaultdict(Tally)
         self._answers: dict[tuple[frozenset[str] | None, bool], tuple[object, asyncio.Task[bytes]]] = {}
         self._asking: threading.Thread | None = None
+        self._whole: tuple[object, bytes] = (None, b"")
         self.configure(config)
 
     def configure(self, config: Config) -> None:
@@ -416,15 +417,23 @@ class Exporter:
         exporter = None
         if names is None:
             exporter = ExporterView(self._ledger.up, self._reload_successful, self._reloaded_at, *self._build)
-        # Scrapes that get the same answer share one rendering; after a second the process metrics are renewed.
-        contents = (views, exporter, int(self._clock.monotonic()))
+        # Scrapes that get the same answer share one rendering.
+        contents = (views, exporter)
         before, answer = self._answers.get((names, openmetrics), (None, None))
         if answer is None or before != contents:
             if len(self._answers) >= _SHARED_ANSWERS:
                 self._answers.clear()
             answer = asyncio.create_task(asyncio.to_thread(render, views, exporter, openmetrics=openmetrics))
             self._answers[names, openmetrics] = contents, answer
-        return await asyncio.shield(answer)
+        exposition = await asyncio.shield(answer)
+        return exposition if names is not None else self._with_process(exposition, openmetrics)
+
+    def _with_process(self, exposition: bytes, openmetrics: bool) -> bytes:
+        """Add the process metrics; the answers of one second share the whole."""
+        made_of = exposition, openmetrics, int(self._clock.monotonic())
+        if self._whole[0] != made_of:
+            self._whole = made_of, exposition.removesuffix(b"# EOF\n") + render_process(openmetrics=openmetrics)
+        return self._whole[1]
 
     def workspaces(self) -> list[WorkspaceState]:
         """Return how each workspace is doing, in the order of the configuration."""
