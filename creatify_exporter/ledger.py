@@ -222,8 +222,8 @@ class Draft:
             fresh.append(task)
             if slot is not None:
                 seen[slot] = 1
-                state, before = task.credits << 1 | (task.status in FINISHED), states[slot]
-                if state == before or (state >> 1 <= before >> 1 and state & 1 <= before & 1):
+                state = states[slot]
+                if task.credits <= state >> 1 and (state & 1 or task.status not in FINISHED):
                     continue
             created, duration = task.times()
             news[task.id] = len(news)

@@ -21,6 +21,8 @@ NANO = 1_000_000_000
 MAX_CREDITS = 1_000_000
 MAX_MODEL_LENGTH = 128
 
+_REMEMBERED = 1000
+
 _ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _DECIMAL = re.compile(r"[0-9]{1,40}(\.[0-9]{0,40})?|\.[0-9]{1,40}")
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
@@ -74,7 +76,7 @@ class Task(msgspec.Struct, gc=False):
 
 
 class TaskReader:
-    """Turn records into tasks; remember the models met, for most records repeat them.
+    """Turn records into tasks; remember the models and credits met, for most records repeat them.
 
     The ids in `known` are usable, so they are not looked at again.
     """
@@ -83,6 +85,7 @@ class TaskReader:
         self._classify = classify
         self._known = known
         self._models: dict[str, str] = {}
+        self._credits: dict[float, int] = {}
 
     def __call__(self, records: Iterable[Record | None]) -> list[Task]:
         """Return the tasks of `records`, but for those that have no usable id (design section 7)."""
@@ -99,15 +102,20 @@ class TaskReader:
             if model is None:
                 model = model_of(name)
                 # Hostile names may be many and long: what is remembered stays small.
-                if len(name) <= MAX_MODEL_LENGTH and len(models) < 1000:
+                if len(name) <= MAX_MODEL_LENGTH and len(models) < _REMEMBERED:
                     models[name] = model
+            credits_ = self._credits.get(record.credits_used) if type(record.credits_used) is float else None
+            if credits_ is None:
+                credits_ = nanocredits(record.credits_used)
+                if type(record.credits_used) is float and len(self._credits) < _REMEMBERED:
+                    self._credits[record.credits_used] = credits_
             tasks.append(
                 Task(
                     record.id,
                     model,
                     status,
                     self._classify(record.failed_reason) if status == "failed" else None,
-                    nanocredits(record.credits_used),
+                    credits_,
                     record.created_at,
                     record.updated_at,
                 )
