@@ -357,8 +357,8 @@ def _refusal(response: requests.Response) -> ApiError:
 
 
 def _origin_text(response: requests.Response) -> str:
-    with suppress(ValueError):
-        target = urlsplit(urljoin(response.url, response.headers.get("Location", "")))
+    with suppress(ValueError, KeyError):
+        target = urlsplit(urljoin(response.url, response.headers["Location"]))
         host = f"{target.hostname}:{target.port}" if target.port else str(target.hostname)
         if target.scheme in ("http", "https") and _PLAIN_HOST.fullmatch(host):
             return f" to {target.scheme}://{host}"
@@ -369,8 +369,8 @@ def _retry_after(value: str | None) -> float | None:
     """Return the seconds from now that a Retry-After header means, None if it means nothing."""
     text = (value or "").strip()
     with suppress(ValueError, OverflowError, TypeError, IndexError):
-        if _DECIMAL.fullmatch(text):
-            return max(float(text), 0.0)
+        if text[:1] != "-" and _DECIMAL.fullmatch(text):
+            return float(text)
         return max(parsedate_to_datetime(text).timestamp() - time.time(), 0.0)
     return None
 

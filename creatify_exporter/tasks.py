@@ -26,6 +26,10 @@ _REMEMBERED = 1000
 _ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _DECIMAL = re.compile(r"[0-9]{1,40}(\.[0-9]{0,40})?|\.[0-9]{1,40}")
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+# With or without an offset; fromisoformat takes weeks, bare dates and more for time stamps too.
+_RFC3339 = re.compile(
+    r"[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt ][0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]+)?([Zz]|[+-][0-9]{2}:[0-9]{2})?"
+)
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _NAIVE_EPOCH = datetime(1970, 1, 1)
 _MICROSECOND = timedelta(microseconds=1)
@@ -145,7 +149,7 @@ def microseconds(stamp: object) -> int | None:
 
     A naive time stamp is UTC.
     """
-    if type(stamp) is not str:
+    if type(stamp) is not str or not _RFC3339.fullmatch(stamp):
         return None
     # A listing's stamps share one or two offsets; time zones as objects would take half of the time.
     offset = _offset(stamp[-6:]) if len(stamp) > _SHORTEST else None

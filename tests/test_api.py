@@ -339,6 +339,7 @@ def test_a_redirect_target_receives_no_request() -> None:
         (None, None, None),
         ("", None, None),
         ("soon", None, None),
+        ("-5", None, None),
         ("nan", None, None),
         ("Fri, 99 Foo 2026 99:99:99 GMT", None, None),
     ],
