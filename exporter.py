@@ -33,7 +33,7 @@ from creatify_exporter.web import application, parse_telemetry_path
 from creatify_exporter.webauth import Authentication
 
 _LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warn": logging.WARNING, "error": logging.ERROR}
-_GRACE = 3.0  # seconds that answers under way get at the end
+_GRACE = 2.0  # seconds that answers under way get at the end
 
 _log = structlog.get_logger("exporter")
 
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         simulated = stack.enter_context(demo()) if flags.demo else None
         try:
             load_config = _config_loader(flags, simulated)
-            config, web_config = load_config(), _web_config(flags)
+            config, web_config = _load_both(load_config, flags)
         except NoConfigurationError as error:
             parser.error(f"{error}\nuse --config.file, CREATIFY_API_ID and CREATIFY_API_KEY, or --demo")
         except ConfigError as error:
@@ -87,9 +87,7 @@ class _Site:
     """What the endpoints serve: the exporter, and how it is reloaded."""
 
     exporter: Exporter
-    load: Callable[[], Config]
-    load_web: Callable[[], WebConfig]
-    ledger_url: str
+    load: Callable[[], tuple[Config, WebConfig]]
     authentication: Authentication
     telemetry_path: str
     lifecycle: bool
@@ -110,9 +108,7 @@ class _Site:
         """Read both configurations and put them in force together; raise ConfigError and keep the old on any error."""
         async with self._reloading:
             try:
-                config, web_config = await asyncio.to_thread(lambda: (self.load(), self.load_web()))
-                if config.ledger.url.get_secret_value() != self.ledger_url:
-                    raise ConfigError([("ledger.url", "cannot change while the exporter runs; restart it")])
+                config, web_config = await asyncio.to_thread(self.load)
                 if self.server:
                     await self.server.replace(web_config.tls)
             except ConfigError as error:
@@ -136,9 +132,7 @@ async def _serve(
     authentication = Authentication(web_config.users)
     site = _Site(
         exporter,
-        load_config,
-        lambda: _web_config(flags),
-        config.ledger.url.get_secret_value(),
+        lambda: _load_both(load_config, flags, config),
         authentication,
         flags.web_telemetry_path,
         flags.web_enable_lifecycle,
@@ -183,8 +177,28 @@ def _config_loader(flags: argparse.Namespace, simulated: SimulatedApi | None) ->
     )
 
 
-def _web_config(flags: argparse.Namespace) -> WebConfig:
-    return load_web(flags.web_config_file) if flags.web_config_file else WebConfig.model_validate({})
+def _load_both(
+    load_config: Callable[[], Config], flags: argparse.Namespace, former: Config | None = None
+) -> tuple[Config, WebConfig]:
+    """Return both configurations, a new one beside the `former` in force; raise ConfigError with all errors of both."""
+    errors: list[tuple[str, str]] = []
+    config, web_config = former, WebConfig.model_validate({})
+    try:
+        config = load_config()
+        if former and config.ledger.url != former.ledger.url:
+            errors.append(("ledger.url", "cannot change while the exporter runs; restart it"))
+    except NoConfigurationError:
+        raise
+    except ConfigError as error:
+        errors += error.errors
+    try:
+        if flags.web_config_file:
+            web_config = load_web(flags.web_config_file)
+    except ConfigError as error:
+        errors += error.errors
+    if errors or config is None:
+        raise ConfigError(errors)
+    return config, web_config
 
 
 def _set_up_logging(level: str, log_format: str) -> None:

@@ -163,10 +163,11 @@ def test_a_file_that_is_missing_is_named(capsys: Capture, arguments: list[str], 
     assert error in capsys.readouterr().err
 
 
-def test_the_web_configuration_is_checked_too(capsys: Capture) -> None:
+def test_the_errors_of_both_configurations_are_printed_at_once(capsys: Capture) -> None:
     Path("web.yaml").write_text("surprise: 1\n")
-    assert exit_code(configured("https://api.creatify.ai"), "--web.config.file=web.yaml", "--config.check") == 1
-    assert "surprise" in capsys.readouterr().err
+    flag = configured("https://api.creatify.ai", wonder=1)
+    assert exit_code(flag, "--web.config.file=web.yaml", "--config.check") == 1
+    assert {line.partition(":")[0] for line in capsys.readouterr().err.splitlines()} == {"wonder", "surprise"}
 
 
 # --once
@@ -254,7 +255,9 @@ def no_ledger(path: Path) -> None:
 
 
 def newer_ledger(path: Path) -> None:
-    Ledger(f"sqlite:///{path}").open()
+    ledger = Ledger(f"sqlite:///{path}")
+    ledger.open()
+    ledger.close()
     with sqlite3.connect(path) as connection:
         connection.execute("UPDATE ledger_version SET version = 99")
     connection.close()
