@@ -396,11 +396,13 @@ class Exporter:
         """Take note that a new configuration was refused; the one in force stays."""
         self._reload_successful = False
 
-    async def scrape(self, names: frozenset[str] | None, timeout: float, openmetrics: bool) -> bytes:
+    async def scrape(
+        self, names: frozenset[str] | None, timeout: float, openmetrics: bool, *, seen: bool = True
+    ) -> bytes:
         """Return the exposition of the workspaces `names` (None: of everything) within `timeout` seconds.
 
         Starts a listing of each, or joins the one under way. What is not done in time is answered with what the
-        newest finished listing gave.
+        newest finished listing gave. Unless it will be `seen`, an answer is nobody's first one.
         """
         chosen = [one for one in self._workspaces.values() if names is None or one.name in names]
         rounds = [one.begin() for one in chosen]
@@ -413,7 +415,8 @@ class Exporter:
             await asyncio.wait(late, timeout=max(moment, 0))
         views = [one.view(waited_for) for one, waited_for in zip(chosen, rounds, strict=True)]
         for one, view in zip(chosen, views, strict=True):
-            one.answered(view)
+            if seen:
+                one.answered(view)
         exporter = None
         if names is None:
             exporter = ExporterView(self._ledger.up, self._reload_successful, self._reloaded_at, *self._build)

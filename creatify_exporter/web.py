@@ -28,7 +28,6 @@ TEXT = "text/plain; version=0.0.4; charset=utf-8"
 
 _SCRAPE_TIMEOUT = 10.0
 _LONGEST_SCRAPE_TIMEOUT = 3600.0
-_COMPRESSED_AT_ONCE = 16 * 1024  # a larger answer is compressed in a thread
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9._-]{1,253})(:[0-9]{1,5})?")
 _TELEMETRY_PATH = re.compile(r"/([A-Za-z0-9._~-]+(/[A-Za-z0-9._~-]+)*)?")
 _OTHER_PATHS = _HEALTHY, _READY, _RELOAD, _DISCOVERY = "/-/healthy", "/-/ready", "/-/reload", "/sd"
@@ -60,8 +59,13 @@ class Site(Protocol):
     def workspaces(self) -> Sequence[WorkspaceState]:
         """Return the configured workspaces in their order."""
 
-    async def scrape(self, names: frozenset[str] | None, timeout: float, openmetrics: bool) -> bytes:
-        """Return the exposition of the workspaces `names` (None: all of them), at most `timeout` seconds from now."""
+    async def scrape(
+        self, names: frozenset[str] | None, timeout: float, openmetrics: bool, *, seen: bool = True
+    ) -> bytes:
+        """Return the exposition of the workspaces `names` (None: all of them), at most `timeout` seconds from now.
+
+        `seen` tells whether anybody will see it.
+        """
 
     def ready(self) -> bool:
         """Tell whether the ledger answered last time."""
@@ -127,6 +131,7 @@ class _Endpoints:
         self._site = site
         self._timeout_offset = timeout_offset
         self._compressor = ThreadPoolExecutor(1, thread_name_prefix="gzip")
+        self._compressing: tuple[bytes, asyncio.Future[bytes] | None] = (b"", None)
 
     async def metrics(self, request: Request) -> Response:
         query = parse_qs(request.scope["query_string"].decode("utf-8", "replace"), keep_blank_values=True)
@@ -135,7 +140,7 @@ class _Endpoints:
             return PlainTextResponse("unknown workspace\n", 404)
         openmetrics = prefers_openmetrics(",".join(request.headers.getlist("accept")))
         timeout = scrape_timeout(request.headers.get("x-prometheus-scrape-timeout-seconds"), self._timeout_offset)
-        body = await self._site.scrape(names, timeout, openmetrics)
+        body = await self._site.scrape(names, timeout, openmetrics, seen=request.method != "HEAD")
         headers = {"Content-Type": OPENMETRICS if openmetrics else TEXT, "Vary": "Accept, Accept-Encoding"}
         if allows_gzip(",".join(request.headers.getlist("accept-encoding"))):
             headers["Content-Encoding"] = "gzip"
@@ -143,9 +148,11 @@ class _Endpoints:
         return Response(body, headers=headers)
 
     async def _compressed(self, body: bytes) -> bytes:
-        if len(body) < _COMPRESSED_AT_ONCE:
-            return _gzip(body)
-        return await asyncio.get_running_loop().run_in_executor(self._compressor, _gzip, body)
+        former, compressing = self._compressing
+        if compressing is None or former is not body:  # the answers of one listing are one object
+            compressing = asyncio.get_running_loop().run_in_executor(self._compressor, _gzip, body)
+            self._compressing = body, compressing
+        return await asyncio.shield(compressing)
 
     async def healthy(self, _request: Request) -> Response:
         return PlainTextResponse("healthy\n")

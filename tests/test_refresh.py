@@ -719,6 +719,17 @@ async def test_a_series_held_at_0_shows_its_value_in_time_even_when_no_listing_m
 
 
 @asynchronous
+async def test_an_answer_that_nobody_sees_is_not_the_first_one(scene: Scene) -> None:
+    scene.api.answers["w"] = tasks()
+    exporter = scene.start(exposition={"zero_hold": "0s"})
+    await scene.scrape()
+    scene.api.answers["w"] = tasks(task(created_at=NOW))
+    await exporter.scrape(None, 30, False, seen=False)
+    assert (await scene.scrape()).value(SUBMITTED) == 0
+    assert (await scene.scrape()).value(SUBMITTED) == 1
+
+
+@asynchronous
 async def test_a_series_held_at_0_shows_its_value_in_time_while_the_api_refuses(scene: Scene) -> None:
     scene.api.answers["w"] = tasks()
     scene.start(exposition={"zero_hold": "1m"})

@@ -75,6 +75,12 @@ class TestRoutes:
         assert (head.status, head.headers) == (got.status, got.headers)
         assert int(head.headers["content-length"]) == len(got.body)
 
+    def test_nobody_sees_the_answer_to_head(self) -> None:
+        site = FakeSite()
+        for method in ("HEAD", "GET"):
+            ask_once(app_of(site), "/metrics", method=method)
+        assert site.seen == [False, True]
+
     @pytest.mark.parametrize("path", ["/metrics", "/", "/-/healthy", "/-/ready", "/sd", "/nowhere"])
     def test_every_answer_forbids_what_a_browser_could_do_with_it(self, path: str) -> None:
         headers = ask_once(app_of(FakeSite()), path).headers

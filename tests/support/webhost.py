@@ -44,13 +44,17 @@ class FakeSite:
     failure: Exception | None = None
     is_ready: bool = True
     scrapes: list[tuple[frozenset[str] | None, float, bool]] = field(default_factory=list)
+    seen: list[bool] = field(default_factory=list)
     reloads: int = 0
 
     def workspaces(self) -> Sequence[WorkspaceState]:
         return self.states
 
-    async def scrape(self, names: frozenset[str] | None, timeout: float, openmetrics: bool) -> bytes:
+    async def scrape(
+        self, names: frozenset[str] | None, timeout: float, openmetrics: bool, *, seen: bool = True
+    ) -> bytes:
         self.scrapes.append((names, timeout, openmetrics))
+        self.seen.append(seen)
         if self.failure:
             raise self.failure
         return self.body
