@@ -400,9 +400,9 @@ class Ledger:
             self._opened = True
 
     def ping(self) -> None:
-        """Find out whether the ledger answers, for `up`."""
-        with suppress(LedgerError), self.transaction():
-            pass
+        """Find out whether the ledger can be written to, for `up`."""
+        with suppress(LedgerError), self.transaction() as connection:
+            connection.execute(sa.update(_version).values(version=SCHEMA_VERSION))
 
     def book(self, workspace: str) -> "Book":
         """Return the workspace's part of the ledger, always the same object."""
