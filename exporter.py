@@ -25,7 +25,8 @@ from creatify_exporter.config import (
     load_web,
     parse_duration,
 )
-from creatify_exporter.ledger import Ledger, LedgerError, LedgerMissingError, LedgerUnusableError
+from creatify_exporter.database import LedgerError, LedgerMissingError, LedgerUnusableError
+from creatify_exporter.ledger import Ledger
 from creatify_exporter.refresh import Exporter, WorkspaceState, reasons_report
 from creatify_exporter.server import WebServer, parse_listen_address
 from creatify_exporter.simulator import CREDENTIALS, SimulatedApi, demo

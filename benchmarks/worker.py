@@ -21,7 +21,8 @@ from prometheus_client import CollectorRegistry, Gauge, generate_latest
 
 from benchmarks.api import ROOT
 from creatify_exporter.config import Config
-from creatify_exporter.ledger import Book, Draft, Ledger, Policy, _Known
+from creatify_exporter.draft import Draft, Known
+from creatify_exporter.ledger import Book, Ledger, Policy
 from creatify_exporter.reasons import BUILT_IN, MAX_TEXT, Classifier
 from creatify_exporter.refresh import Exporter
 from creatify_exporter.tasks import Task
@@ -122,7 +123,7 @@ class _NoDraft(Draft):
 
 class _NoBook(Book):
     def draft(self) -> Draft:
-        return _NoDraft(_Known())
+        return _NoDraft(Known())
 
     def commit(self, draft: Draft | None, models: Iterable[str], policy: Policy, now: int) -> None:
         pass

@@ -13,9 +13,9 @@ from prometheus_client.registry import Collector
 from prometheus_client.samples import Exemplar
 from prometheus_client.utils import floatToGoString
 
-from creatify_exporter.ledger import BUCKETS, SECOND, Key, Totals
+from creatify_exporter.ledger import BUCKETS, Key, Totals
 from creatify_exporter.listing import Listing
-from creatify_exporter.tasks import NANO
+from creatify_exporter.tasks import NANO, SECOND
 
 _BOUNDS = [floatToGoString(bound) for bound in (*BUCKETS, float("inf"))]
 

@@ -17,11 +17,13 @@ import structlog
 from creatify_exporter import config as config_
 from creatify_exporter.api import CAUSES, ApiError, Client
 from creatify_exporter.config import Config
-from creatify_exporter.ledger import SECOND, Book, Draft, Ledger, LedgerError, LedgerMissingError, Policy
+from creatify_exporter.database import LedgerError, LedgerMissingError
+from creatify_exporter.draft import Draft
+from creatify_exporter.ledger import Book, Ledger, Policy
 from creatify_exporter.listing import Listing, ModelLabels
 from creatify_exporter.metrics import ExporterView, WorkspaceView, render, render_process
 from creatify_exporter.reasons import Classifier, Report
-from creatify_exporter.tasks import OTHER, TaskReader
+from creatify_exporter.tasks import OTHER, SECOND, TaskReader
 
 _BACK_OFF = 30.0
 _LONGEST_BACK_OFF = 300.0

@@ -15,6 +15,10 @@ STATUSES = (*UNFINISHED, *FINISHED)
 UNKNOWN = "unknown"
 OTHER = "other"
 
+SECOND = 1_000_000
+HOUR = 3600 * SECOND
+"""Times are whole microseconds since the epoch."""
+
 NANO = 1_000_000_000
 """Credits are kept as whole billionths, so that sums are exact."""
 

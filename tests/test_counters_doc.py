@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from creatify_exporter.ledger import HOUR, Ledger
-from creatify_exporter.tasks import NANO, Record
+from creatify_exporter.ledger import Ledger
+from creatify_exporter.tasks import HOUR, NANO, Record
 from tests.support.commands import output
 from tests.support.packages import require
 from tests.support.records import POLICY, SECOND, commit, counted, record, shown

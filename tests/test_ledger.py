@@ -9,16 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from creatify_exporter.ledger import (
-    HOUR,
-    Book,
-    Key,
-    Ledger,
-    LedgerError,
-    LedgerMissingError,
-    LedgerUnusableError,
-)
-from creatify_exporter.tasks import NANO, Record
+from creatify_exporter.database import LedgerError, LedgerMissingError, LedgerUnusableError
+from creatify_exporter.ledger import Book, Key, Ledger
+from creatify_exporter.tasks import HOUR, NANO, Record
 from tests.support.packages import require
 from tests.support.postgres import Postgres
 from tests.support.records import POLICY, SECOND, START, commit, counted, record, shown
@@ -314,7 +307,8 @@ def test_a_ledger_restored_from_a_backup_is_merged_anew(tmp_path: Path, book: Bo
         source.backup(target)
     tasks = [record("a", created=SECOND), record("b", created=SECOND), record("c", created=SECOND)]
     for size in (2, 3):
-        commit(book, tasks[:size], at=size * SECOND)
+        commit(book, [*tasks[:size], record("x", model=f"only-later-{size}")], at=size * SECOND)
+        shown(book, now=size * SECOND)
     with sqlite3.connect(tmp_path / "backup.db") as source, sqlite3.connect(tmp_path / "ledger.db") as target:
         source.backup(target)
     with pytest.raises(LedgerError, match="older"):

@@ -13,8 +13,9 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule
 
-from creatify_exporter.ledger import HOUR, SECOND, Book, Ledger, LedgerError, Policy
-from creatify_exporter.tasks import FINISHED, NANO, TaskReader
+from creatify_exporter.database import LedgerError
+from creatify_exporter.ledger import Book, Ledger, Policy
+from creatify_exporter.tasks import FINISHED, HOUR, NANO, SECOND, TaskReader
 from tests.support.records import POLICY, START, classify, commit, counted, record, shown
 
 MODELS = ("a", "b", "c", "d")
