@@ -44,7 +44,7 @@ run: $(RUNTIME)
 
 test: lint
 	@$(PY) -m tests.support.packages
-	$(VENV)/bin/pytest -n $(WORKERS) --dist loadgroup --cov --cov-report=term $(PYTEST_ARGS)
+	$(VENV)/bin/pytest -n $(WORKERS) --dist loadscope --cov --cov-report=term $(PYTEST_ARGS)
 
 lint: $(DEV)
 	$(VENV)/bin/ruff format --check --quiet .

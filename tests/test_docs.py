@@ -395,6 +395,12 @@ def test_the_documented_make_targets_are_those_of_the_makefile() -> None:
 # The rest
 
 
+def test_the_map_of_the_house_names_every_module() -> None:
+    (house,) = [block for block in blocks("text") if block.document.name == "development.md"]
+    named = re.findall(r"(?m)^  (\w+\.py) ", house.text)
+    assert sorted(named) == sorted(path.name for path in ROOT.glob("creatify_exporter/[a-z]*.py"))
+
+
 def test_the_changelog_tells_this_version() -> None:
     assert f"\n## [{__version__}] - " in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
