@@ -62,12 +62,12 @@ def measured(work: Callable[[], float], idle: int) -> Cost:
     return Cost(_cpu() - cpu, time.perf_counter() - wall, max(_memory("VmHWM") - idle, 0), outcome)
 
 
-def drain(url: str) -> Callable[[], float]:
-    """Return the work of reading a body without a look at it, as requests itself does; it finds the number of bytes."""
+def drain(url: str, size: str) -> Callable[[], float]:
+    """Return the work of reading a body by pieces of `size` without a look at it; it finds the number of bytes."""
 
     def work() -> float:
         with requests.get(url + _LIST, stream=True, timeout=600) as response:
-            return sum(map(len, response.iter_content(requests.models.CONTENT_CHUNK_SIZE)))
+            return sum(map(len, response.iter_content(int(size))))
 
     return work
 
@@ -201,6 +201,10 @@ class Worker(AbstractContextManager["Worker"]):
         if not answer:
             raise RuntimeError(f"a contender ended with {self._process.wait()}")
         return answer
+
+    def repeated(self) -> Cost:
+        """Let it work three times, and return the median by CPU time."""
+        return sorted(self.run() for _ in range(3))[1]
 
     def run(self) -> Cost:
         """Let it work once."""
