@@ -3,7 +3,7 @@
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -301,16 +301,19 @@ def test_a_commit_is_durable_before_it_is_exposed(ledger: Ledger) -> None:
         assert tx.exec_driver_sql("PRAGMA journal_mode").scalar_one() == "wal"
 
 
+def copy_database(source: Path, target: Path) -> None:
+    with closing(sqlite3.connect(source)) as reading, closing(sqlite3.connect(target)) as writing:
+        reading.backup(writing)
+
+
 def test_a_ledger_restored_from_a_backup_is_merged_anew(tmp_path: Path, book: Book) -> None:
     commit(book, [record("a", created=SECOND)], at=SECOND)
-    with sqlite3.connect(tmp_path / "ledger.db") as source, sqlite3.connect(tmp_path / "backup.db") as target:
-        source.backup(target)
+    copy_database(tmp_path / "ledger.db", tmp_path / "backup.db")
     tasks = [record("a", created=SECOND), record("b", created=SECOND), record("c", created=SECOND)]
     for size in (2, 3):
         commit(book, [*tasks[:size], record("x", model=f"only-later-{size}")], at=size * SECOND)
         shown(book, now=size * SECOND)
-    with sqlite3.connect(tmp_path / "backup.db") as source, sqlite3.connect(tmp_path / "ledger.db") as target:
-        source.backup(target)
+    copy_database(tmp_path / "backup.db", tmp_path / "ledger.db")
     with pytest.raises(LedgerError, match="older"):
         commit(book, tasks, at=4 * SECOND)
     commit(book, tasks, at=5 * SECOND)
@@ -383,13 +386,13 @@ def spoil_page(path: Path) -> None:
 
 
 def newer_schema(path: Path) -> None:
-    with sqlite3.connect(path) as connection:
+    with closing(sqlite3.connect(path)) as connection, connection:
         connection.execute("UPDATE ledger_version SET version = 999")
 
 
 def somebody_elses(path: Path) -> None:
     path.unlink()
-    with sqlite3.connect(path) as connection:
+    with closing(sqlite3.connect(path)) as connection, connection:
         connection.execute("CREATE TABLE invoices (id INTEGER)")
 
 
