@@ -22,6 +22,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from creatify_exporter.config import ConfigError, Tls
+from creatify_exporter.web import local_host
 
 _BACKLOG = 2048  # with Granian's default of 128, a few hundred idle clients make a connect hang
 _BUFFER = 64 * 1024  # bytes per connection; also the limit of a request's head
@@ -76,8 +77,7 @@ class WebServer:
     def url(self) -> str:
         """Where a browser on this machine finds the server."""
         host, port = self.address
-        host = "localhost" if host in {"::", "0.0.0.0"} else f"[{host}]" if ":" in host else host  # noqa: S104
-        return f"{'https' if self._tls else 'http'}://{host}:{port}/"
+        return f"{'https' if self._tls else 'http'}://{local_host(host)}:{port}/"
 
     async def start(self) -> None:
         """Listen, and set `address` to the real one (port 0 means any free port).

@@ -242,9 +242,14 @@ def target_host(headers: Headers, server: tuple[str, str | int] | None) -> str:
     if _HOST.fullmatch(host):
         return host
     address, port = server or ("localhost", 9877)
+    return f"{local_host(address)}:{port}"
+
+
+def local_host(address: str) -> str:
+    """Return how a URL on this machine names an address that we listen on."""
     if address in {"::", "0.0.0.0"}:  # noqa: S104 - compared, not bound
-        address = "localhost"
-    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+        return "localhost"
+    return f"[{address}]" if ":" in address else address
 
 
 def _landing_page(site: Site) -> str:
