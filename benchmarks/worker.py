@@ -11,7 +11,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import NamedTuple
@@ -95,11 +95,11 @@ def naive(url: str) -> Callable[[], float]:
         tasks = requests.get(url + _LIST, timeout=600).json()
         counts: Counter[tuple[str, str]] = Counter()
         failed: Counter[tuple[str, str]] = Counter()
-        credits_: Counter[str] = Counter()
+        credits_: defaultdict[str, float] = defaultdict(float)
         for task in tasks:
             model, status = task["model_name"], task["status"]
             counts[model, status] += 1
-            credits_[model] += float(task["credits_used"] or 0)  # type: ignore[assignment]
+            credits_[model] += float(task["credits_used"] or 0)
             if status == "failed":
                 failed[model, "quota" if quota.search(task.get("failed_reason") or "") else "other"] += 1
         for labels, count in counts.items():
