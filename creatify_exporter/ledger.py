@@ -67,6 +67,7 @@ class Totals:
     series: Mapping[Key, Total]
     started: int | None
     tasks: int
+    unsettled: int = 0
 
     @property
     def models(self) -> list[str]:

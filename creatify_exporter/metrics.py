@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -47,10 +47,17 @@ METRICS = (
     Metric("creatify_exporter_listing_size_bytes", "gauge", "Decoded size of the newest listing."),
     Metric("creatify_exporter_malformed_tasks", "gauge", "Records of the newest listing that could not be used."),
     Metric("creatify_remaining_credits", "gauge", "Credits left for all products; absent when it could not be read."),
+    Metric("creatify_exporter_balance_up", "gauge", "Whether the newest attempt to read the balance succeeded."),
     Metric("creatify_text_generator_tasks_submitted_total", "counter", "Tasks submitted.", _OF_MODEL),
     Metric("creatify_text_generator_tasks_finished_total", "counter", "Tasks that became done or failed.", _BY_STATUS),
     Metric("creatify_text_generator_failures_total", "counter", "Tasks that failed, by failure reason.", _BY_REASON),
     Metric("creatify_text_generator_credits_used_total", "counter", "Credits used.", _OF_MODEL),
+    Metric(
+        "creatify_text_generator_failure_reason_info",
+        "gauge",
+        "Who has to act on a failure reason: caller, account, upstream or unknown; always 1.",
+        ("workspace", "reason", "owner"),
+    ),
     Metric(
         "creatify_text_generator_task_duration_seconds",
         "histogram",
@@ -73,6 +80,22 @@ METRICS = (
     ),
     Metric("creatify_exporter_ledger_up", "gauge", "Whether the ledger answered last time.", ()),
     Metric("creatify_exporter_ledger_tasks", "gauge", "Tasks the ledger holds."),
+    Metric(
+        "creatify_exporter_unsettled_tasks",
+        "gauge",
+        "Tasks that left the list before they were finished and are still asked for by id.",
+    ),
+    Metric(
+        "creatify_exporter_backoff_until_timestamp_seconds",
+        "gauge",
+        "Until when requests are held back; only while they are.",
+        ("workspace", "endpoint"),
+    ),
+    Metric(
+        "creatify_exporter_clock_offset_seconds",
+        "gauge",
+        "This machine's clock minus the Date of the newest listing's answer.",
+    ),
     Metric("creatify_exporter_ledger_start_timestamp_seconds", "gauge", "When counting began."),
     Metric("creatify_exporter_config_last_reload_successful", "gauge", "Whether the last reload succeeded.", ()),
     Metric(
@@ -90,23 +113,30 @@ METRICS = (
 )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WorkspaceView:
     """What one answer says of one workspace.
 
-    `listing` is by label, and there when `up`; `totals` are there once the ledger has answered. Times are seconds
-    since the epoch, durations seconds.
+    `listing` is that of the newest finished listing, by label, and None when it failed with `cause`; `totals` are there
+    once the ledger has answered. `balance_up` is None when nobody reads the balance. `backoff` says by endpoint until
+    when requests are held back, `owners` by reason who has to act. Times are seconds since the epoch, durations seconds.
     """
 
     name: str
-    up: bool
-    listing: Listing | None
-    totals: Totals | None
-    balance: float | None
-    last_success: float | None
-    duration: float | None
-    errors: Mapping[str, int]
-    requests: Mapping[tuple[str, str], int]
+    up: bool = False
+    listing: Listing | None = None
+    cause: str | None = None
+    finished_at: float | None = None
+    duration: float | None = None
+    last_success: float | None = None
+    clock_offset: float | None = None
+    totals: Totals | None = None
+    balance: float | None = None
+    balance_up: bool | None = None
+    errors: Mapping[str, int] = field(default_factory=dict)
+    requests: Mapping[tuple[str, str], int] = field(default_factory=dict)
+    backoff: Mapping[str, float] = field(default_factory=dict)
+    owners: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +215,12 @@ def _add_workspace(samples: _Samples, view: WorkspaceView) -> None:
     samples.add("creatify_remaining_credits", (view.name,), view.balance)
     samples.add("creatify_exporter_last_success_timestamp_seconds", (view.name,), view.last_success)
     samples.add("creatify_exporter_listing_duration_seconds", (view.name,), view.duration)
+    samples.add("creatify_exporter_balance_up", (view.name,), view.balance_up)
+    samples.add("creatify_exporter_clock_offset_seconds", (view.name,), view.clock_offset)
+    for endpoint, until in view.backoff.items():
+        samples.add("creatify_exporter_backoff_until_timestamp_seconds", (view.name, endpoint), until)
+    for reason, owner in view.owners.items():
+        samples.add("creatify_text_generator_failure_reason_info", (view.name, reason, owner), 1)
     for cause, count in view.errors.items():
         samples.add("creatify_exporter_listing_errors_total", (view.name, cause), count)
     for (endpoint, code), count in view.requests.items():
@@ -208,6 +244,7 @@ def _add_listing(samples: _Samples, name: str, listing: Listing) -> None:
 
 def _add_totals(samples: _Samples, name: str, totals: Totals) -> None:
     samples.add("creatify_exporter_ledger_tasks", (name,), totals.tasks)
+    samples.add("creatify_exporter_unsettled_tasks", (name,), totals.unsettled)
     samples.add("creatify_exporter_ledger_start_timestamp_seconds", (name,), (totals.started or 0) / SECOND)
     shown = {key: total.value if total.shown else 0 for key, total in totals.series.items()}
     for key, value in shown.items():

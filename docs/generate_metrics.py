@@ -19,7 +19,8 @@ def groups() -> dict[str, list[Metric]]:
         if metric.name.startswith("creatify_exporter_"):
             found["exporter"].append(metric)
         else:
-            found["listing" if metric.type == "gauge" else "ledger"].append(metric)
+            is_listed = metric.type == "gauge" and not metric.name.endswith("_info")
+            found["listing" if is_listed else "ledger"].append(metric)
     return found
 
 

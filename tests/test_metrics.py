@@ -39,18 +39,16 @@ EXPORTER = ExporterView(True, True, START / SECOND, "1.2.3", "0123abc", "3.11.2"
 
 
 def view(name: str, listing: Listing | None = None, **fields: Any) -> WorkspaceView:
-    plain = WorkspaceView(
-        name=name,
-        up=listing is not None,
-        listing=listing,
-        totals=None,
-        balance=None,
-        last_success=None,
-        duration=None,
-        errors=dict.fromkeys(CAUSES, 0),
-        requests={},
-    )
+    plain = WorkspaceView(name=name, up=listing is not None, listing=listing, errors=dict.fromkeys(CAUSES, 0))
     return replace(plain, **fields)
+
+
+EVERYTHING: dict[str, Any] = {
+    "balance_up": True,
+    "clock_offset": -1.5,
+    "backoff": {"text_generator_task": START / SECOND + 90},
+    "owners": {"token_limit": "caller", "overloaded": "upstream"},
+}
 
 
 @cache
@@ -80,6 +78,7 @@ def seen(case: str) -> WorkspaceView:
         last_success=START / SECOND + 60,
         duration=0.25,
         requests={("text_generator", "200"): 2, ("remaining_credits", "200"): 2},
+        **(EVERYTHING if case == "lifecycle" else {}),
     )
 
 
