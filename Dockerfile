@@ -8,7 +8,7 @@ COPY requirements.lock requirements-build.lock ./
 RUN python -m venv --without-pip /opt/creatify-exporter \
  && pip --python /opt/creatify-exporter install --no-cache-dir --require-hashes --only-binary :all: --requirement requirements.lock \
  && pip install --no-cache-dir --require-hashes --requirement requirements-build.lock
-COPY pyproject.toml setup.py README.md LICENSE exporter.py ./
+COPY pyproject.toml setup.py README.md LICENSE ./
 COPY creatify_exporter creatify_exporter
 ARG REVISION=unknown
 RUN CREATIFY_EXPORTER_REVISION="$REVISION" pip wheel --no-cache-dir --no-deps --no-build-isolation --wheel-dir /wheels . \

@@ -24,7 +24,7 @@ from creatify_exporter.config import Config
 from creatify_exporter.draft import Draft, Known
 from creatify_exporter.ledger import Book, Ledger, Policy
 from creatify_exporter.reasons import BUILT_IN, MAX_TEXT, Classifier
-from creatify_exporter.refresh import Exporter
+from creatify_exporter.service import Service
 from creatify_exporter.tasks import Task
 
 _LIST = "/sse/text_generator/"
@@ -162,7 +162,7 @@ def ours(url: str, ledger_url: str, workspaces: str = "1") -> Callable[[], float
         found = re.findall(r"^creatify_text_generator_tasks\{.*\} ([0-9.e+]+)$", answer, re.MULTILINE)
         return sum(map(float, found))
 
-    exporter = Exporter(config, ledger, version="0", revision="0")
+    exporter = Service(config, ledger)
     return work
 
 

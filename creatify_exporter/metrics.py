@@ -119,7 +119,7 @@ class WorkspaceView:
 
     `listing` is that of the newest finished listing, by label, and None when it failed with `cause`; `totals` are there
     once the ledger has answered. `balance_up` is None when nobody reads the balance. `backoff` says by endpoint until
-    when requests are held back, `owners` by reason who has to act. Times are seconds since the epoch, durations seconds.
+    when requests are held back, `owners` by reason who has to act. Times are seconds since the epoch.
     """
 
     name: str
@@ -264,17 +264,13 @@ def _add_totals(samples: _Samples, name: str, totals: Totals) -> None:
 
 
 def render(workspaces: Sequence[WorkspaceView], exporter: ExporterView | None, *, openmetrics: bool) -> bytes:
-    """Return the exposition: OpenMetrics 1.0.0, or text format 0.0.4."""
-    return _rendered(openmetrics, ExporterCollector(workspaces, exporter))
+    """Return the exposition: OpenMetrics 1.0.0, or text format 0.0.4.
 
-
-def render_process(*, openmetrics: bool) -> bytes:
-    """Return the exposition of the process and Python metrics, to be put after that of `render`."""
-    return _rendered(openmetrics, PROCESS_COLLECTOR, PLATFORM_COLLECTOR, GC_COLLECTOR)
-
-
-def _rendered(openmetrics: bool, *collectors: Collector) -> bytes:
+    With `exporter`, the process and Python metrics come along.
+    """
     registry = CollectorRegistry()
-    for collector in collectors:
-        registry.register(collector)
+    registry.register(ExporterCollector(workspaces, exporter))
+    if exporter is not None:
+        for standard in (PROCESS_COLLECTOR, PLATFORM_COLLECTOR, GC_COLLECTOR):
+            registry.register(standard)
     return generate_openmetrics(registry) if openmetrics else generate_latest(registry)

@@ -20,8 +20,8 @@ from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from creatify_exporter.config import ConfigError
-from creatify_exporter.refresh import WorkspaceState
 from creatify_exporter.webauth import Authentication, RequireUser
+from creatify_exporter.workspace import WorkspaceState
 
 OPENMETRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
 TEXT = "text/plain; version=0.0.4; charset=utf-8"

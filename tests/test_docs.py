@@ -209,7 +209,7 @@ def check_python(arguments: list[str]) -> None:
         assert arguments[0] == "-m", arguments
         module = ROOT / arguments[1].replace(".", "/")
         in_repository = module.with_suffix(".py").exists() or (module / "__main__.py").exists()
-        assert in_repository or arguments[1] in {"venv", "pip", "creatify_exporter.simulator"}, arguments
+        assert in_repository or arguments[1] in {"venv", "pip", "creatify_exporter.demo"}, arguments
 
 
 def check_make(arguments: list[str]) -> None:
@@ -395,9 +395,9 @@ def test_the_documented_make_targets_are_those_of_the_makefile() -> None:
 # The rest
 
 
-def test_the_map_of_the_house_names_every_module() -> None:
-    (house,) = [block for block in blocks("text") if block.document.name == "development.md"]
-    named = re.findall(r"(?m)^  (\w+\.py) ", house.text)
+def test_the_layout_names_every_module() -> None:
+    (layout,) = [block for block in blocks("text") if block.document.name == "development.md"]
+    named = re.findall(r"(?m)^  (\w+\.py) ", layout.text)
     assert sorted(named) == sorted(path.name for path in ROOT.glob("creatify_exporter/[a-z]*.py"))
 
 

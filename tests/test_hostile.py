@@ -20,7 +20,7 @@ import trustme
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from creatify_exporter.simulator import BALANCE_PATH, LIST_PATH
+from creatify_exporter.demo import BALANCE_PATH, LIST_PATH
 from tests.support.commands import run
 from tests.support.exporter import OPENMETRICS, ROOT, Exporter, Scrape, parse
 from tests.support.processes import eventually, free_port

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from creatify_exporter.simulator import CREDENTIALS, SimulatedApi, Simulation
+from creatify_exporter.demo import CREDENTIALS, SimulatedApi, Simulation
 from tests.support import rules
 from tests.support.commands import output
 from tests.support.exporter import ROOT, Exporter

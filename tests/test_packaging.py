@@ -104,12 +104,11 @@ def test_the_wheel_has_the_program_and_nothing_else(wheel: Path) -> None:
         entry_points = archive.read(f"{info}/entry_points.txt").decode()
         metadata = archive.read(f"{info}/METADATA").decode()
     assert {name for name in names if not name.startswith(f"{info}/")} == {
-        "exporter.py",
         "creatify_exporter/REVISION",
         *tracked("creatify_exporter"),
     }
     assert f"{info}/licenses/LICENSE" in names
-    assert "creatify-exporter = exporter:main" in entry_points
+    assert "creatify-exporter = creatify_exporter.cli:main" in entry_points
     assert "License-Expression: Apache-2.0" in metadata
     assert "Requires-Python: >=3.11" in metadata
     assert "Provides-Extra: postgres" in metadata

@@ -19,7 +19,7 @@ import requests
 import yaml
 
 from benchmarks.dataset import listing
-from creatify_exporter.simulator import LIST_PATH
+from creatify_exporter.demo import LIST_PATH
 from tests.support.commands import run
 from tests.support.exporter import OPENMETRICS, ROOT, Exporter, Scrape, parse
 from tests.support.packages import require

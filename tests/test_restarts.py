@@ -14,7 +14,7 @@ import psutil
 import psycopg
 import pytest
 
-from creatify_exporter.simulator import Model
+from creatify_exporter.demo import Model
 from tests.support.commands import run
 from tests.support.exporter import Exporter
 from tests.support.load import Scraping

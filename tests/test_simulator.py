@@ -26,8 +26,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator, FormatChecker
 
-from creatify_exporter import simulator
-from creatify_exporter.simulator import API_ID, API_KEY, CREDENTIALS, Model, SimulatedApi, Simulation, Truth
+from creatify_exporter import demo as simulator
+from creatify_exporter.demo import API_ID, API_KEY, CREDENTIALS, Model, SimulatedApi, Simulation, Truth
 
 API = Path(__file__).parent / "data" / "api"
 START = 1_790_000_000.25
@@ -431,7 +431,7 @@ def test_the_history_may_be_empty_and_arrivals_sparse() -> None:
 @pytest.mark.process
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_program_serves_until_it_is_told_to_stop(number: signal.Signals) -> None:
-    command = [sys.executable, "-m", "creatify_exporter.simulator", "--listen-address=127.0.0.1:0"]
+    command = [sys.executable, "-m", "creatify_exporter.demo", "--listen-address=127.0.0.1:0"]
     with subprocess.Popen([*command, "--history=25", "--rate=1", "--seed=3"], stdout=-1, text=True) as process:
         try:
             assert process.stdout is not None

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any, Self
 from urllib.parse import quote
 
+from creatify_exporter.demo import LIST_PATH, SimulatedApi, Simulation, Truth
 from creatify_exporter.reasons import Classifier
-from creatify_exporter.simulator import LIST_PATH, SimulatedApi, Simulation, Truth
 from tests.support.exporter import Exporter, Scrape
 from tests.support.processes import eventually
 

@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
 from urllib.parse import unquote
 
-from creatify_exporter.simulator import BALANCE_PATH, LIST_PATH
+from creatify_exporter.demo import BALANCE_PATH, LIST_PATH
 from tests.support.stage import credentials
 
 

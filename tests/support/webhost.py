@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from creatify_exporter.config import ConfigError, Tls
-from creatify_exporter.refresh import WorkspaceState
 from creatify_exporter.server import WebServer, parse_listen_address
 from creatify_exporter.web import application
 from creatify_exporter.webauth import Authentication
+from creatify_exporter.workspace import WorkspaceState
 
 ROOT = Path(__file__).absolute().parents[2]
 

@@ -13,11 +13,13 @@ import pytest
 import structlog
 from structlog.testing import capture_logs
 
-from creatify_exporter import refresh
+from creatify_exporter import service
 from creatify_exporter.api import Client
+from creatify_exporter.attempt import Clock
 from creatify_exporter.config import Config
 from creatify_exporter.ledger import Book, Ledger
-from creatify_exporter.refresh import Clock, Exporter, WorkspaceState, reasons_report
+from creatify_exporter.once import reasons
+from creatify_exporter.service import Service
 from creatify_exporter.tasks import TaskReader
 from tests.support.exporter import Scrape, parse
 from tests.support.upstream import Exchange, Upstream, task, tasks
@@ -80,20 +82,13 @@ class Scene:
         self.api, self.seconds, self.path = api, 0.0, directory / "ledger.db"
         self.clock = Clock(now=lambda: 1_760_000_000 + self.seconds, monotonic=lambda: 5000 + self.seconds)
         self.ledger = Ledger(f"sqlite:///{self.path}")
-        self.exporters: list[Exporter] = []
+        self.exporters: list[Service] = []
 
     def config(self, *names: str, **sections: Any) -> Config:
         return Config.model_validate(self.api.config(*names, **sections))
 
-    def start(self, *names: str, writes: bool = True, **sections: Any) -> Exporter:
-        exporter = Exporter(
-            self.config(*names, **sections),
-            self.ledger,
-            version="1",
-            revision="r",
-            clock=self.clock,
-            writes=writes,
-        )
+    def start(self, *names: str, writes: bool = True, **sections: Any) -> Service:
+        exporter = Service(self.config(*names, **sections), self.ledger, clock=self.clock, writes=writes)
         self.exporters.append(exporter)
         return exporter
 
@@ -125,6 +120,12 @@ def scene(api: Upstream, tmp_path: Path) -> Iterator[Scene]:
 
 def listed(scrape: Scrape, workspace: str = "w") -> float | None:
     return scrape.value(TASKS, workspace=workspace, status="done")
+
+
+def state(scene: Scene) -> tuple[bool, float | None, str | None]:
+    """Return whether the first workspace is up, how old its newest finished listing is, and why it failed."""
+    view = scene.exporters[-1].views()[0]
+    return view.up, None if view.finished_at is None else scene.clock.now() - view.finished_at, view.cause
 
 
 def errors(scrape: Scrape, workspace: str = "w") -> dict[str, float]:
@@ -173,7 +174,7 @@ async def test_workspaces_are_listed_in_parallel_and_a_slow_one_takes_nothing_fr
     scene.api.answers = {"slow": gate, "w": tasks(task())}
     exporter = scene.start()
     await scene.scrape(timeout=0.05)
-    await until(lambda: exporter.workspaces()[1].up is True)
+    await until(lambda: exporter.views()[1].up is True)
     scrape = await scene.scrape(timeout=0.05)
     assert scrape.values(UP, "workspace") == {("slow",): 0, ("w",): 1}
     assert scene.api.listings("slow") == 1
@@ -185,7 +186,7 @@ async def test_workspaces_are_listed_in_parallel_and_a_slow_one_takes_nothing_fr
 async def test_an_answer_is_in_time_with_the_last_good_values_and_the_running_listing_becomes_the_newest(
     scene: Scene,
 ) -> None:
-    exporter = scene.start()
+    scene.start()
     await scene.scrape()
     second = scene.api.answers["w"] = Gate(tasks(task(1), task(2, created_at=NOW)))
     for _ in range(2):  # the second scrape joins the same listing
@@ -197,7 +198,7 @@ async def test_an_answer_is_in_time_with_the_last_good_values_and_the_running_li
     scene.seconds = 9
     third = scene.api.answers["w"] = Gate(tasks())
     second.open()
-    await until(lambda: exporter.workspaces()[0].age == 0)
+    await until(lambda: state(scene)[1] == 0)
     scrape = await scene.scrape(timeout=0.1)
     assert (listed(scrape), scrape.value(SUBMITTED), scene.api.listings("w")) == (2, 1, 3)
     third.open()
@@ -206,14 +207,14 @@ async def test_an_answer_is_in_time_with_the_last_good_values_and_the_running_li
 @asynchronous
 async def test_before_the_first_listing_is_done_nothing_is_claimed(scene: Scene) -> None:
     gate = scene.api.answers["w"] = Gate(tasks(task()))
-    exporter = scene.start()
-    assert exporter.workspaces() == [WorkspaceState("w", None, None, None)]
+    scene.start()
+    assert state(scene) == (False, None, None)
     scrape = await scene.scrape(timeout=0.05)
     assert scrape.value(UP) == 0
     assert not {name for name in scrape.families if "generator" in name or "ledger_tasks" in name}
     gate.open()
     assert (await scene.scrape()).value(UP) == 1
-    assert exporter.workspaces() == [WorkspaceState("w", True, 0, None)]
+    assert state(scene) == (True, 0, None)
 
 
 @asynchronous
@@ -236,7 +237,7 @@ async def test_no_new_listing_starts_within_the_minimum_interval_after_the_start
 
 @asynchronous
 async def test_a_listing_that_is_older_than_the_maximum_age_is_no_longer_shown_and_counters_stay(scene: Scene) -> None:
-    exporter = scene.start(listing={"max_age": "1m"})
+    scene.start(listing={"max_age": "1m"})
     await scene.scrape()
     gate = scene.api.answers["w"] = Gate(tasks())
     scene.seconds = 60
@@ -245,7 +246,7 @@ async def test_a_listing_that_is_older_than_the_maximum_age_is_no_longer_shown_a
     scrape = await scene.scrape(timeout=0.05)
     assert (scrape.value(UP), listed(scrape), scrape.value(SUBMITTED)) == (0, None, 0)
     assert scrape.value("creatify_exporter_last_success_timestamp_seconds") == 1_760_000_000
-    assert exporter.workspaces() == [WorkspaceState("w", False, 60.125, None)]
+    assert state(scene) == (False, 60.125, None)
     gate.open()
 
 
@@ -380,13 +381,53 @@ async def test_a_balance_is_shown_only_when_it_was_read_in_this_scrape(scene: Sc
 async def test_a_balance_that_comes_a_moment_after_a_short_listing_is_in_the_answer(
     scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(refresh, "_BALANCE_MOMENT", 60)
+    monkeypatch.setattr(service, "_BALANCE_MOMENT", 60)
     scene.start()
     gate = scene.api.balances["w"] = Gate(lambda exchange: exchange.reply({"remaining_credits": 7}))
     waiting = asyncio.create_task(scene.scrape(timeout=60))
-    await until(lambda: scene.exporters[-1].workspaces()[0].up is True)
+    await until(lambda: scene.exporters[-1].views()[0].up is True)
     gate.open()
     assert (await waiting).value(BALANCE) == 7
+
+
+@asynchronous
+async def test_a_balance_that_fails_is_told_until_it_works_again(scene: Scene) -> None:
+    gauge = "creatify_exporter_balance_up"
+    scene.start()
+    with capture_logs() as logs:
+        for refusals in (False, True, True, False, False):
+            if refusals:
+                scene.api.balances["w"] = refuse(500)
+            else:
+                scene.api.balances.pop("w", None)
+            asked = scene.api.looks_at_balance("w")
+            while (scrape := await scene.scrape()).value(gauge) != (not refusals):
+                pass
+            await until(lambda asked=asked: scene.api.looks_at_balance("w") > asked)  # type: ignore[misc]
+    assert scrape.value(UP) == 1
+    assert [(one["event"], one["log_level"]) for one in logs] == [
+        ("balance not read", "warning"),
+        ("balance read again", "info"),
+    ]
+
+
+@asynchronous
+async def test_a_pause_that_the_api_asked_for_is_told_and_logged_once(scene: Scene) -> None:
+    scene.start()
+    scene.api.answers["w"] = refuse(429, Retry_After="120")
+    with capture_logs() as logs:
+        for scene.seconds in (0, 119):
+            scrape = await scene.scrape()
+            assert scrape.values("creatify_exporter_backoff_until_timestamp_seconds", "endpoint") == {
+                ("text_generator",): 1_760_000_120,
+                ("remaining_credits",): 1_760_000_120,
+            }
+    assert [(one["endpoints"], one["seconds"]) for one in logs if one["event"] == "backing off"] == [
+        ("text_generator,remaining_credits", 120)
+    ]
+    scene.seconds = 120
+    scene.api.answers["w"] = tasks()
+    assert "creatify_exporter_backoff_until_timestamp_seconds" not in (await scene.scrape()).families
 
 
 @asynchronous
@@ -402,7 +443,7 @@ async def test_a_balance_that_nobody_wants_is_not_asked_for(scene: Scene) -> Non
 @asynchronous
 async def test_a_failed_listing_keeps_the_counters_and_harms_no_other_workspace(scene: Scene) -> None:
     scene.api.answers["v"] = tasks()
-    exporter = scene.start()
+    scene.start()
     await scene.scrape()
     scene.api.answers["w"] = tasks(task(), task(2, created_at=NOW))
     await scene.scrape()
@@ -414,7 +455,7 @@ async def test_a_failed_listing_keeps_the_counters_and_harms_no_other_workspace(
         assert listed(scrape) is None
         assert (errors(scrape), errors(scrape, "v")) == ({"http": count}, {})
         assert scrape.value("creatify_exporter_last_success_timestamp_seconds", workspace="w") == 1_760_000_000
-    assert exporter.workspaces()[0] == WorkspaceState("w", False, 0, "http")
+    assert state(scene) == (False, 0, "http")
 
 
 @asynchronous
@@ -572,10 +613,10 @@ async def test_failure_and_recovery_are_logged_in_our_own_words(scene: Scene) ->
     ]
 
 
-@pytest.mark.parametrize(("unknown", "hints"), [(1, 0), (2, 1)])
+@pytest.mark.parametrize(("unknown", "hints"), [(4, 0), (5, 1)])
 @asynchronous
 async def test_a_hint_about_unknown_reasons_is_logged_once(scene: Scene, unknown: int, hints: int) -> None:
-    texts = ["zxcvb qwert"] * unknown + ["429 RESOURCE_EXHAUSTED"] * 4
+    texts = ["zxcvb qwert"] * unknown + ["429 RESOURCE_EXHAUSTED"] * 16
     scene.api.answers["w"] = tasks(
         *(task(number, status="failed", failed_reason=text) for number, text in enumerate(texts))
     )
@@ -583,7 +624,7 @@ async def test_a_hint_about_unknown_reasons_is_logged_once(scene: Scene, unknown
     with capture_logs() as logs:
         await scene.scrape()
         await scene.scrape()
-    assert [one["share"] for one in logs if "--reasons" in one["event"]] == [0.33] * hints
+    assert [one["share"] for one in logs if "--reasons" in one["event"]] == [0.24] * hints
 
 
 # Reloads and the end
@@ -644,7 +685,7 @@ async def test_a_workspace_that_goes_and_comes_back_keeps_its_counters(scene: Sc
     exporter.configure(scene.config("v"))
     scrape = await scene.scrape()
     assert not {labels for labels in scrape.text.splitlines() if 'workspace="w"' in labels}
-    assert [one.name for one in exporter.workspaces()] == ["v"]
+    assert [one.name for one in exporter.views()] == ["v"]
     assert scrape.value("creatify_exporter_config_last_reload_success_timestamp_seconds") == 1_760_000_005
     exporter.configure(scene.config())
     scrape = await scene.scrape()
@@ -684,26 +725,14 @@ async def test_at_the_end_waiting_scrapes_get_what_is_there(scene: Scene) -> Non
 
 
 @asynchronous
-async def test_scrapes_that_get_the_same_answer_share_one_rendering_for_a_second(scene: Scene) -> None:
+async def test_scrapes_at_the_same_time_share_one_rendering_of_the_same_answer(scene: Scene) -> None:
     exporter = scene.start(listing={"min_interval": "1m"}, api=NO_BALANCE)
     await exporter.scrape(None, 30, False)  # after it, series may show their values
-    first = await exporter.scrape(None, 30, False)
-    assert await exporter.scrape(None, 30, False) is first
-    assert await exporter.scrape(None, 30, True) is not first
-    scene.seconds = 1
+    both = [exporter.scrape(None, 30, openmetrics) for openmetrics in (False, False, True)]
+    first, second, other = await asyncio.gather(*both)
+    assert first is second
+    assert first is not other
     assert await exporter.scrape(None, 30, False) is not first
-
-
-@asynchronous
-async def test_many_different_selections_take_no_more_memory(scene: Scene) -> None:
-    names = [f"w{number}" for number in range(40)]
-    scene.api.answers = dict.fromkeys(names, tasks())
-    exporter = scene.start(listing={"min_interval": "1m"}, api=NO_BALANCE)
-    for name in names:
-        assert f'creatify_up{{workspace="{name}"}} 1.0'.encode() in await exporter.scrape(frozenset([name]), 30, False)
-    assert await exporter.scrape(frozenset(names[-1:]), 30, False) is await exporter.scrape(
-        frozenset(names[-1:]), 30, False
-    )
 
 
 @asynchronous
@@ -769,7 +798,7 @@ def test_the_report_counts_failed_tasks_once_and_masks_their_texts(scene: Scene)
         None,
     )
     rules = {"rules": [{"reason": "ours", "match": "own rule"}]}
-    report, complete = reasons_report(scene.config(failure_reasons=rules))
+    report, complete = reasons(scene.config(failure_reasons=rules))
     assert complete
     lines = [line.split() for line in report.splitlines()]
     assert {line[0]: line[1] for line in lines[1:]} == {"other": "1", "quota_exceeded": "1", "ours": "1"}
@@ -780,7 +809,7 @@ def test_the_report_counts_failed_tasks_once_and_masks_their_texts(scene: Scene)
 def test_a_report_without_one_workspace_says_so(scene: Scene) -> None:
     scene.api.answers = {"broken": refuse(403), "w": tasks(task(1, status="failed"))}
     with capture_logs() as logs:
-        report, complete = reasons_report(scene.config())
+        report, complete = reasons(scene.config())
     assert not complete
     assert "unspecified" in report
     assert [(one["event"], one["workspace"], one["cause"]) for one in logs] == [("listing failed", "broken", "auth")]

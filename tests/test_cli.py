@@ -16,11 +16,10 @@ import requests
 import structlog
 import yaml
 
-import exporter
-from creatify_exporter import __version__
+from creatify_exporter import __version__, cli
+from creatify_exporter.demo import CREDENTIALS, SimulatedApi, Simulation
 from creatify_exporter.ledger import Ledger
 from creatify_exporter.reasons import BUILT_IN
-from creatify_exporter.simulator import CREDENTIALS, SimulatedApi, Simulation
 from tests.support.exporter import parse
 from tests.support.processes import eventually, free_port
 from tests.support.records import SECOND, commit, record
@@ -68,7 +67,7 @@ def configured(url: str, *keys: str, **sections: Any) -> str:
 def exit_code(*arguments: str) -> int:
     """Run the program; argparse exits by an exception."""
     try:
-        return exporter.main(arguments)
+        return cli.main(arguments)
     except SystemExit as end:
         return int(end.code or 0)
 
@@ -111,6 +110,8 @@ def test_version_says_what_runs(capsys: Capture) -> None:
         (["--once"], "use --config.file"),
         (["--reasons"], "use --config.file"),
         (["--config.check"], "use --config.file"),
+        (["--demo", "--config.file=config.yaml"], "leave out --config.file"),
+        (["--once", "--reasons", "--demo"], "give one of them"),
     ],
 )
 def test_wrong_usage_exits_with_2_and_says_what_is_wrong(capsys: Capture, arguments: list[str], complaint: str) -> None:
@@ -205,9 +206,10 @@ def test_once_exits_with_1_when_a_workspace_failed_and_prints_all_the_same(capsy
     assert exit_code(configured(api.url, CREDENTIALS[1], "the-wrong-key"), "--once", "--log.format=json") == 1
     shown = capsys.readouterr()
     assert parse(shown.out).values("creatify_up", "workspace") == {("w0",): 1, ("w1",): 0}
-    (line,) = shown.err.splitlines()
-    logged = json.loads(line)
-    assert (logged["level"], logged["workspace"], logged["cause"]) == ("warning", "w1", "auth")
+    logged = {one["event"]: one for one in map(json.loads, shown.err.splitlines())}
+    failed = logged["listing failed"]
+    assert (failed["level"], failed["workspace"], failed["cause"]) == ("warning", "w1", "auth")
+    assert logged.keys() <= {"listing failed", "balance not read"}
     assert "the-wrong-key" not in shown.err
 
 
@@ -224,8 +226,8 @@ def test_the_log_has_nothing_less_severe_than_asked_for(capsys: Capture, level: 
     flag = configured(f"http://127.0.0.1:{free_port()}")
     assert exit_code(flag, "--once", "--log.level", level) == 1
     shown = capsys.readouterr().err.splitlines()
-    assert len(shown) == lines
-    assert all(re.match(r"ts=\S+ level=warning event=\"listing failed\" ", line) for line in shown)
+    assert sum(bool(re.match(r"ts=\S+ level=warning event=\"listing failed\" ", line)) for line in shown) == lines
+    assert all("level=warning" in line for line in shown[lines:])
 
 
 # --reasons
@@ -273,8 +275,19 @@ def test_a_ledger_that_cannot_be_used_stops_the_start(
     assert exit_code(configured("https://api.creatify.ai"), *once) == 1
     shown = capsys.readouterr()
     assert shown.out == ""
-    assert re.fullmatch(r"ledger sqlite:///creatify-exporter\.db: .+\n", shown.err)
+    assert re.fullmatch(
+        r'ts=\S+ level=error event="the ledger cannot be used" error="ledger sqlite:///creatify-exporter\.db: .+"\n',
+        shown.err,
+    )
     assert Path("creatify-exporter.db").read_bytes() == before
+
+
+def test_errors_at_the_start_obey_the_log_format(capsys: Capture) -> None:
+    flag = configured("https://api.creatify.ai", wonder=1, surprise=1)
+    assert exit_code(flag, "--log.format=json") == 1
+    logged = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert [(one["level"], one["event"]) for one in logged] == [("error", "invalid configuration")] * 2
+    assert {one["path"] for one in logged} == {"wonder", "surprise"}
 
 
 def test_an_address_that_is_taken_stops_the_start(capsys: Capture) -> None:

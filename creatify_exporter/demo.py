@@ -369,7 +369,7 @@ def demo(clock: Callable[[], float] = time.time) -> SimulatedApi:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Serve a simulated API until SIGTERM or SIGINT."""
-    parser = argparse.ArgumentParser(prog="creatify_exporter.simulator", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="creatify_exporter.demo", description=main.__doc__)
     parser.add_argument("--listen-address", default="127.0.0.1:9878")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--rate", type=float, default=2.0, help="tasks per second")

@@ -1,0 +1,321 @@
+"""One workspace: a listing at a time, shared by the scrapes that wait for it, its freshness, and back-off."""
+
+import asyncio
+import math
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TypeVar
+
+import structlog
+
+from creatify_exporter.api import CAUSES, ApiError, Client
+from creatify_exporter.attempt import Attempt, Clock, Outcome, policy
+from creatify_exporter.config import Config
+from creatify_exporter.ledger import Book
+from creatify_exporter.listing import Listing
+from creatify_exporter.metrics import WorkspaceView
+from creatify_exporter.reasons import Classifier
+from creatify_exporter.tasks import OTHER
+
+LIST, BALANCE = "text_generator", "remaining_credits"
+"""The kinds of requests, as the label `endpoint` names them."""
+
+_BACK_OFF = 30.0
+_LONGEST_BACK_OFF = 300.0
+_MANY_FAILURES = 20
+_MANY_UNKNOWN = 0.2
+
+T = TypeVar("T")
+_log = structlog.get_logger(__name__)
+
+
+class Tally:
+    """The counters of one workspace that live as long as the process, whatever is reloaded; for any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._requests: Counter[tuple[str, str]] = Counter()
+        self._errors = Counter(dict.fromkeys(CAUSES, 0))
+
+    def request(self, endpoint: str, code: str) -> None:
+        """Count a request that was sent."""
+        with self._lock:
+            self._requests[endpoint, code] += 1
+
+    def error(self, cause: str) -> None:
+        """Count a failed listing."""
+        with self._lock:
+            self._errors[cause] += 1
+
+    def requests(self) -> dict[tuple[str, str], int]:
+        """Return the requests so far by endpoint and code."""
+        with self._lock:
+            return dict(self._requests)
+
+    def errors(self) -> dict[str, int]:
+        """Return the failed listings so far by cause."""
+        with self._lock:
+            return dict(self._errors)
+
+
+class BackOff:
+    """Until when requests of each kind are held back, because the API asked for it."""
+
+    def __init__(self, workspace: str, clock: Clock) -> None:
+        self._workspace = workspace
+        self._clock = clock
+        self._until: dict[str, tuple[float, float]] = {}
+
+    def take(self, error: ApiError, endpoints: Iterable[str]) -> None:
+        """Hold back requests to `endpoints` if `error` asks for it: 429, or 503 with Retry-After (section 3)."""
+        if error.cause != "rate_limited" and (error.status != 503 or error.retry_after is None):
+            return
+        seconds = min(_BACK_OFF if error.retry_after is None else error.retry_after, _LONGEST_BACK_OFF)
+        if seconds > 0:
+            _log.warning(
+                "backing off", workspace=self._workspace, endpoints=",".join(endpoints), seconds=round(seconds, 1)
+            )
+        for endpoint in endpoints:
+            self._until[endpoint] = self._clock.monotonic() + seconds, self._clock.now() + seconds
+
+    def holds(self, endpoint: str) -> bool:
+        """Tell whether requests to `endpoint` are held back now."""
+        return self._clock.monotonic() < self._until.get(endpoint, (-math.inf,))[0]
+
+    def until(self) -> dict[str, float]:
+        """Return until when, in seconds since the epoch, by endpoint; only those held back now."""
+        return {endpoint: until for endpoint, (_, until) in self._until.items() if self.holds(endpoint)}
+
+
+class Round:
+    """A listing under way, and the reading of the balance beside it; the futures belong to the event loop."""
+
+    def __init__(self, balance: float | None = None) -> None:
+        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.balance_read: asyncio.Future[None] | None = None
+        self.balance = balance
+
+    def end(self) -> None:
+        """Release those who wait."""
+        if not self.done.done():
+            self.done.set_result(None)
+
+
+class Workspace:
+    """One workspace under one pair of credentials; lives in the event loop, and so needs no lock."""
+
+    def __init__(self, name: str, client: Client, book: Book, tally: Tally, clock: Clock, *, writes: bool) -> None:
+        self.name = name
+        self._client = client
+        self._book = book
+        self._tally = tally
+        self._clock = clock
+        self._writes = writes
+        self._back_off = BackOff(name, clock)
+        self._newest: Outcome | None = None
+        self._round: Round | None = None
+        self._retired = False
+        self._last_success: float | None = None
+        self._started = -math.inf
+        self._balance_running = False
+        self._balance_up: bool | None = None
+        self._hinted = False
+
+    def configure(self, config: Config, classify: Classifier) -> None:
+        """Take a new configuration; a listing under way goes on under the former one."""
+        self._config = config
+        self._classify = classify
+
+    def begin(self) -> Round | None:
+        """Start a listing, or join the one under way; return None when there is nothing to wait for."""
+        if self._retired:
+            return None
+        if self._round and not self._round.done.done():
+            return self._round
+        if self._may_list():
+            self._round = self._start()
+            return self._round
+        if self._book.due(policy(self._config, self._classify), self._clock.microseconds()):
+            self._round = self._show_what_is_due()
+            return self._round
+        return None
+
+    def view(self, waited_for: Round | None = None) -> WorkspaceView:
+        """Return what an answer says now; `waited_for` is the listing that its request waited for."""
+        newest = self._newest
+        current = waited_for or (None if self._back_off.holds(LIST) else self._round)
+        return WorkspaceView(
+            name=self.name,
+            up=self._up,
+            listing=newest.listing if newest else None,
+            cause=newest.error.cause if newest and newest.error else None,
+            finished_at=newest.finished_at if newest else None,
+            duration=newest.duration if newest else None,
+            last_success=self._last_success,
+            totals=self._book.totals,
+            balance=current.balance if current else None,
+            balance_up=bool(self._balance_up) if self._config.api.remaining_credits else None,
+            errors=self._tally.errors(),
+            requests=self._tally.requests(),
+            backoff=self._back_off.until(),
+        )
+
+    def state(self) -> "WorkspaceState":
+        """Return how the workspace is doing."""
+        newest = self._newest
+        if newest is None:
+            return WorkspaceState(self.name, None, None, None)
+        cause = newest.error.cause if newest.error else None
+        return WorkspaceState(self.name, self._up, self._clock.monotonic() - newest.finished, cause)
+
+    def answered(self, view: WorkspaceView) -> None:
+        """Take note that an answer carries the series of `view`."""
+        if view.totals is not None:
+            self._book.answered(view.totals, self._clock.microseconds())
+
+    def retire(self) -> None:
+        """Break off what is running, release those who wait for it, and discard its result, for good."""
+        self._retired = True
+        if self._round:
+            self._round.end()
+        self._client.abort()
+        self._client.close()
+
+    @property
+    def _up(self) -> bool:
+        """Whether the newest finished listing succeeded and is not too old."""
+        newest = self._newest
+        if newest is None or newest.error is not None:
+            return False
+        return self._clock.monotonic() - newest.finished <= self._config.listing.max_age
+
+    def _may_list(self) -> bool:
+        waits = self._clock.monotonic() < self._started + self._config.listing.min_interval
+        return not waits and not self._back_off.holds(LIST)
+
+    def _attempt(self) -> Attempt:
+        return Attempt(
+            self._client, self._book, self._config, self._classify, self._clock, still=lambda: not self._retired
+        )
+
+    def _start(self) -> Round:
+        """Start a listing, and the reading of the balance beside it."""
+        current, self._started = Round(), self._clock.monotonic()
+        if self._config.api.remaining_credits and not self._balance_running and not self._back_off.holds(BALANCE):
+            self._start_balance(current)
+
+        def take(outcome: Outcome) -> None:
+            if not self._retired:
+                self._take(outcome)
+            current.end()
+
+        attempt = self._attempt()
+        self._in_thread(lambda: attempt.run(writes=self._writes), take)
+        return current
+
+    def _show_what_is_due(self) -> Round:
+        """Have the ledger show the series whose time has come, although no listing may start."""
+        former = None if self._back_off.holds(LIST) else self._round
+        current = Round(former.balance if former else None)
+        attempt = self._attempt()
+
+        def take(error: Exception | None) -> None:
+            if error:
+                _log.debug("the ledger cannot show what is due", workspace=self.name, error=str(error))
+            current.end()
+
+        self._in_thread(lambda: attempt.record(None, Listing()), take)
+        return current
+
+    def _start_balance(self, current: Round) -> None:
+        self._balance_running = True
+        read = current.balance_read = asyncio.get_running_loop().create_future()
+
+        def take(balance: float | ApiError) -> None:
+            self._balance_running = False
+            read.set_result(None)
+            if self._retired:
+                return
+            if isinstance(balance, ApiError):
+                self._back_off.take(balance, [BALANCE])
+                if self._balance_up is not False:
+                    _log.warning("balance not read", workspace=self.name, cause=balance.cause, error=str(balance))
+            else:
+                (self._round or current).balance = balance
+                if self._balance_up is False:
+                    _log.info("balance read again", workspace=self.name)
+            self._balance_up = not isinstance(balance, ApiError)
+
+        self._in_thread(self._read_balance, take)
+
+    def _read_balance(self) -> float | ApiError:
+        try:
+            return self._client.remaining_credits()
+        except ApiError as error:
+            return error
+        except Exception as failure:  # noqa: BLE001 - as with the list
+            return ApiError("payload", f"the balance could not be read ({type(failure).__name__})")
+
+    def _take(self, outcome: Outcome) -> None:
+        """Make `outcome` the newest one, and count and log what changed."""
+        former, self._newest = self._newest, outcome
+        error = outcome.error
+        if error is not None:
+            self._tally.error(error.cause)
+            _log.warning(
+                "listing failed", workspace=self.name, cause=error.cause, status=error.status, error=str(error)
+            )
+            self._back_off.take(error, [LIST, BALANCE])
+        else:
+            self._last_success = outcome.finished_at
+            if former and former.error:
+                _log.info("listing works again", workspace=self.name)
+            if outcome.ledger_error:
+                self._tally.error("ledger")
+        self._log_ledger(former, outcome)
+        if outcome.listing:
+            self._hint(outcome.listing)
+
+    def _log_ledger(self, former: Outcome | None, outcome: Outcome) -> None:
+        if outcome.ledger_error and not (former and former.ledger_error):
+            _log.error("the ledger cannot record", workspace=self.name, error=str(outcome.ledger_error))
+        elif former and former.ledger_error and not outcome.ledger_error:
+            _log.info("the ledger records again", workspace=self.name)
+
+    def _hint(self, listing: Listing) -> None:
+        """Say once that many failure texts are known to no rule."""
+        failures = sum(listing.failed.values())
+        unknown = sum(count for (_, reason), count in listing.failed.items() if reason == OTHER)
+        if self._hinted or failures < _MANY_FAILURES or unknown <= _MANY_UNKNOWN * failures:
+            return
+        self._hinted = True
+        _log.info(
+            "many failures have no known reason: --reasons shows examples to write rules from",
+            workspace=self.name,
+            share=round(unknown / failures, 2),
+        )
+
+    def _in_thread(self, work: Callable[[], T], take: Callable[[T], None]) -> None:
+        """Run `work` in a thread of its own, and `take` its result in the event loop."""
+        loop = asyncio.get_running_loop()
+
+        def run() -> None:
+            result = work()
+            with suppress(RuntimeError):  # the process stopped meanwhile
+                loop.call_soon_threadsafe(take, result)
+
+        # Not a pool: a thread that hangs must block neither the others nor the end of the process.
+        threading.Thread(target=run, name=f"listing {self.name}", daemon=True).start()
+
+
+@dataclass(frozen=True, slots=True)
+class WorkspaceState:
+    """How a workspace is doing: `up` is None before the first listing ended, `age` the seconds since the newest did."""
+
+    name: str
+    up: bool | None
+    age: float | None
+    cause: str | None
