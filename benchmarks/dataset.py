@@ -20,7 +20,7 @@ def listing(count: int, *, media: bool = False, short: bool = False, step: int =
     At step 0, 20 % of the tasks are pending; with each of up to 20 steps another 1 % of all finish.
     """
     share, size = (0.095 if media else 0.0), 0 if short else 2720
-    simulation = Simulation(seed, START, history=PERIOD, record_size=size, media_share=share, spikes=False)
+    simulation = Simulation(seed, START, history=PERIOD, record_size=size, media_share=share)
     rests = []
     for index, task in enumerate(simulation.tasks):
         record = task.record(task.created if index % 100 >= 100 - STEPS + step else task.finished)

@@ -1,22 +1,22 @@
-"""A simulated Creatify text-generator API for demos, tests and benchmarks: same seed and clock, same bytes.
+"""The simulated Creatify API of `--demo`: same seed and clock, same bytes.
 
-The life of a task is drawn when it arrives; what a listing shows of it depends on the time alone.
+The life of a task is drawn when it arrives; what a listing shows of it depends on the time alone. Like the real API it
+lists a window of the newest tasks, answers for each task by its id, and loses some that are deleted.
 """
 
-import argparse
 import base64
 import heapq
 import json
 import math
-import signal
 import sys
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta, timezone
+from email.message import Message
 from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -30,6 +30,7 @@ LIST_PATH, BALANCE_PATH = "/sse/text_generator/", "/api/remaining_credits/"
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC).astimezone(timezone(timedelta(hours=-7)))
 _REFILL_BELOW, _REFILL = 50_000, 450_000  # hundredths of a credit
 _SECOND = 1_000_000
+_REMEMBERED = 5000  # tasks that are answered for by their id, beyond the listed ones
 _WORDS = (
     'product launch video hook scene "call to action" voiceover upbeat warm light close-up jump cut caption '
     'offer discount café naïve 日本語 🎬 \\frame {scene:1} [beat] 100% 3-5s \n• \t},{"id":"x"} brand tone'
@@ -54,6 +55,16 @@ MODELS = (
     Model("gemini-3-flash-preview", 2, 4.0, 0.06, 25),
     Model("gemini-3.1-pro-preview", 2, 14.0, 0.1, 200, since=15.0),
 )
+
+
+@dataclass(frozen=True)
+class Spike:
+    """Fail this ratio of the tasks that arrive between two times (Unix seconds), on one model or on all (None)."""
+
+    begin: float
+    end: float
+    model: str | None
+    ratio: float
 
 
 @cache
@@ -102,8 +113,8 @@ def _stamp(microseconds: int) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Task:
-    """Hold the whole life of a task; times in microseconds since the epoch, credits in hundredths."""
+class Life:
+    """Hold the whole life of a simulated task; times in microseconds since the epoch, credits in hundredths."""
 
     id: str
     model: str
@@ -111,6 +122,7 @@ class Task:
     started: int
     charged: int
     finished: int
+    deleted: float  # infinity: never
     outcome: str
     failure_text: str | None
     hundredths: int
@@ -122,7 +134,7 @@ class Task:
         return self.outcome if now >= self.finished else "running" if now >= self.started else "pending"
 
     def record(self, now: int) -> bytes:
-        """Return the JSON object that a listing shows at a time."""
+        """Return the JSON object that the API shows at a time."""
         status, credits_used = self.status(now), self.hundredths / 100 if now >= self.charged else 0
         updated = max(t for t in (self.created, self.started, self.charged, self.finished) if t <= now)
         head = f'{{"id":"{self.id}","model_name":"{self.model}"'.encode()
@@ -132,28 +144,6 @@ class Task:
             parts.append(_members(failed_reason=self.failure_text))
         parts.append(self.answer if status == "done" else b'"response_text":"","response_function_calls":[]')
         return b",".join((*parts, f'{tail},"updated_at":"{_stamp(updated)}"}}'.encode()))
-
-
-@dataclass(frozen=True)
-class Truth:
-    """Say what really happened since the first task: the simulation's own account, listed or not."""
-
-    submitted: Counter[str] = field(default_factory=Counter)
-    finished: Counter[tuple[str, str]] = field(default_factory=Counter)  # (model, status)
-    failures: Counter[tuple[str, str | None]] = field(default_factory=Counter)  # (model, failure text)
-    hundredths: Counter[str] = field(default_factory=Counter)  # credits by model
-    microseconds: Counter[tuple[str, str]] = field(default_factory=Counter)  # durations of finished, summed
-    listed: Counter[tuple[str, str]] = field(default_factory=Counter)  # in the listing now: (model, status)
-
-    @property
-    def credits(self) -> dict[str, float]:
-        """Return the credits used by model."""
-        return {model: hundredths / 100 for model, hundredths in self.hundredths.items()}
-
-    def since(self, earlier: "Truth") -> "Truth":
-        """Return what happened after an earlier account; `listed` stays that of now."""
-        growth = {f.name: getattr(self, f.name) - getattr(earlier, f.name) for f in fields(self)}
-        return replace(self, **growth | {"listed": self.listed})
 
 
 @dataclass
@@ -168,14 +158,15 @@ class Simulation:
     models: Sequence[Model] = MODELS
     record_size: int = 2700  # bytes, mean
     media_share: float = 0.002  # of the tasks carry base64 parts of 131 kB, mean
-    spikes: bool = True  # 40 s in every 5 minutes, in which one model is overloaded
+    deleted_share: float = 0.0  # of the tasks are deleted while they run
+    spikes: Sequence[Spike] = ()
 
     def __post_init__(self) -> None:
-        self._random, self._lock = Random(self.seed), threading.RLock()
-        self.tasks: deque[Task] = deque(maxlen=self.window)
-        self._events: list[tuple[int, str, bool, Task]] = []
-        self._forced: list[tuple[float, float, str | None, float]] = []
-        self._truth, self._hundredths = Truth(), _REFILL + _REFILL_BELOW
+        self._random, self._deletions, self._lock = Random(self.seed), Random(self.seed + 1), threading.RLock()
+        self.tasks: deque[Life] = deque(maxlen=self.window)
+        self._remembered: dict[str, Life] = {}
+        self._events: list[tuple[int, str, bool, Life]] = []
+        self._hundredths = _REFILL + _REFILL_BELOW
         self._origin = self._reached = round(self.start * _SECOND)
         gaps = [self._gap() for _ in range(self.history)]
         self._next = self._origin - sum(gaps)
@@ -187,47 +178,43 @@ class Simulation:
     def _gap(self) -> int:
         return round(self._random.expovariate(self.rate) * _SECOND)
 
-    def spike(self, start: float, duration: float, model: str | None = None, ratio: float = 0.9) -> None:
-        """Fail this ratio of the tasks that arrive from now on within that time, on one model or on all."""
-        with self._lock:
-            self._forced.append((start, start + duration, model, ratio))
-
-    def _overload(self, at: float, model: str) -> float:
-        period = math.floor((at - self.start) / 300)
-        random = Random(self.seed * 1_000_003 + period)
-        begin = self.start + period * 300 + (random.uniform(0, 260) if period else 10)
-        own = (begin, begin + 40, random.choice(self.models[:3]).name, 0.8 * self.spikes)
-        hits = [ratio for begin, end, m, ratio in (own, *self._forced) if begin <= at < end and m in (None, model)]
-        return max(hits, default=0.0)
+    def _failure_ratio(self, at: float, model: str) -> float:
+        return max(
+            (one.ratio for one in self.spikes if one.begin <= at < one.end and one.model in (None, model)), default=0
+        )
 
     def _arrive(self, at: int) -> None:
         random, (prompts, answers), since = self._random, _texts(self.record_size), at - self._origin
         model = random.choices(self.models, [m.weight * (since >= m.since * _SECOND) for m in self.models])[0]
         started = at + random.randrange(200_000, 3_000_000)
         duration = min(max(random.lognormvariate(math.log(model.duration), 0.6), 0.3), 60)
-        luck, overload = random.random(), self._overload(at / _SECOND, model.name)
+        luck, overload = random.random(), self._failure_ratio(at / _SECOND, model.name)
         failed, charged_early = luck < max(overload, model.failure_ratio), random.random() < 0.2
         text, number = random.choices(*_failures())[0], str(random.randrange(10**6, 10**7))
         if luck < overload:
             text, duration = _failures()[0][0], min(duration, 1.0)
         finished = started + round(duration * _SECOND)
-        task = Task(
+        deleted = self._deletions.random() < self.deleted_share
+        life = Life(
             str(UUID(int=random.getrandbits(128), version=4)),
             model.name,
             created=at,
             started=started,
             charged=random.randrange(started, finished) if charged_early else finished,
             finished=finished,
+            deleted=self._deletions.uniform(started, finished) if deleted else math.inf,
             outcome="failed" if failed else "done",
             failure_text=text and text.replace("#", number) if failed else None,
             hundredths=model.hundredths * random.randrange(1, 5) * (charged_early or not failed),
             prompt=random.choice(_media() if random.random() < self.media_share else prompts),
             answer=random.choice(answers),
         )
-        self._truth.submitted[task.model] += 1
-        self.tasks.append(task)
-        heapq.heappush(self._events, (task.charged, task.id, False, task))
-        heapq.heappush(self._events, (task.finished, task.id, True, task))
+        self.tasks.append(life)
+        self._remembered[life.id] = life
+        if len(self._remembered) > len(self.tasks) + _REMEMBERED:
+            del self._remembered[next(iter(self._remembered))]
+        heapq.heappush(self._events, (life.charged, life.id, False, life))
+        heapq.heappush(self._events, (life.finished, life.id, True, life))
 
     def advance(self, now: float) -> int:
         """Play everything up to a time, in steps of any size; return the time reached in microseconds."""
@@ -237,23 +224,15 @@ class Simulation:
                 self._arrive(self._next)
                 self._next += self._gap()
             while self._events and self._events[0][0] <= reached:
-                _, _, is_end, task = heapq.heappop(self._events)
-                key, truth = (task.model, task.outcome), self._truth
-                if is_end:
-                    truth.finished[key] += 1
-                    truth.microseconds[key] += task.finished - task.created
-                    truth.failures[task.model, task.failure_text] += task.outcome == "failed"
-                else:
-                    truth.hundredths[task.model] += task.hundredths
-                    self._hundredths += _REFILL * (self._hundredths < _REFILL_BELOW) - task.hundredths
+                at, _, is_end, life = heapq.heappop(self._events)
+                if at < life.deleted:
+                    self._happen(life, is_end=is_end)
             return reached
 
-    def truth(self, now: float) -> Truth:
-        """Return the account at a time."""
-        with self._lock:
-            reached = self.advance(now)
-            listed = Counter((task.model, task.status(reached)) for task in self.tasks)
-            return replace(self._truth.since(Truth()), listed=listed)
+    def _happen(self, life: Life, *, is_end: bool) -> None:
+        """Let a task end, or be charged."""
+        if not is_end:
+            self._hundredths += _REFILL * (self._hundredths < _REFILL_BELOW) - life.hundredths
 
     def balance(self, now: float) -> float:
         """Return the credits left; refilled when they run low."""
@@ -265,7 +244,13 @@ class Simulation:
         """Return the chunks of the JSON array at a time, newest task first, made as they are read."""
         with self._lock:
             reached, tasks = self.advance(now), list(self.tasks)
-        return joined(task.record(reached) for task in reversed(tasks))
+        return joined(life.record(reached) for life in reversed(tasks) if reached < life.deleted)
+
+    def one(self, task_id: str, now: float) -> bytes | None:
+        """Return the JSON object of one task at a time, listed or not; None when it is deleted or unknown."""
+        with self._lock:
+            reached, life = self.advance(now), self._remembered.get(task_id)
+        return life.record(reached) if life and reached < life.deleted else None
 
 
 def joined(records: Iterator[bytes]) -> Iterator[bytes]:
@@ -285,21 +270,9 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version, disable_nagle_algorithm, wbufsize = "HTTP/1.1", True, 1 << 16
 
     def do_GET(self) -> None:
-        api, path = self.server.api, self.path.partition("?")[0]
-        simulation = api.workspaces.get((self.headers.get("X-API-ID", ""), self.headers.get("X-API-KEY", "")))
-        status = 401 if simulation is None else 200 if path in (LIST_PATH, BALANCE_PATH) else 404
-        status, extra = (api.fault and api.fault(path)) or (status, {})
-        api.requests.append((path, status))
-        body = iter([b'{"detail":"Refused by the simulated API"}'])
-        if simulation is not None and status == 200:
-            now = api.clock()
-            if path == LIST_PATH:
-                body = simulation.listing(now)
-            else:
-                body = iter([b'{"remaining_credits":%r}' % simulation.balance(now)])
+        status, headers, body = self.server.api.answer(self.path.partition("?")[0], self.headers)
         self.send_response(status)
-        headers = {"Content-Type": "application/json", "Transfer-Encoding": "chunked"} | extra
-        for name, value in headers.items():
+        for name, value in ({"Content-Type": "application/json", "Transfer-Encoding": "chunked"} | headers).items():
             self.send_header(name, value)
         self.end_headers()
         for chunk in body:
@@ -329,24 +302,32 @@ class _Server(ThreadingHTTPServer):
 
 @dataclass
 class SimulatedApi:
-    """Serve workspaces, keyed by (API id, API key), over HTTP on `url` while entered.
-
-    `fault`, when set, may answer a path with a status and headers instead; `requests` has the newest (path, status).
-    """
+    """Serve workspaces, keyed by (API id, API key), over HTTP on `url` while entered."""
 
     workspaces: Mapping[tuple[str, str], Simulation]
     clock: Callable[[], float] = time.time
-    host: str = "127.0.0.1"
-    port: int = 0
-    fault: Callable[[str], tuple[int, dict[str, str]] | None] | None = None
 
     def __post_init__(self) -> None:
-        self.requests: deque[tuple[str, int]] = deque(maxlen=10_000)
         self.connections: set[socket] = set()
-        self._server = _Server((self.host, self.port), _Handler)
+        self._server = _Server(("127.0.0.1", 0), _Handler)
         self._server.api = self
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
-        self.url = f"http://{self.host}:{self._server.server_port}"
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+
+    def answer(self, path: str, headers: Message) -> tuple[int, dict[str, str], Iterator[bytes]]:
+        """Return status, headers and body of the answer to a request."""
+        simulation = self.workspaces.get((headers.get("X-API-ID", ""), headers.get("X-API-KEY", "")))
+        if simulation is None:
+            return 401, {}, iter([b'{"detail":"Refused by the simulated API"}'])
+        now = self.clock()
+        if path == LIST_PATH:
+            return 200, {}, simulation.listing(now)
+        if path == BALANCE_PATH:
+            return 200, {}, iter([b'{"remaining_credits":%r}' % simulation.balance(now)])
+        record = simulation.one(path.removeprefix(LIST_PATH).removesuffix("/"), now)
+        if record is None:
+            return 404, {}, iter([b'{"detail":"Not found by the simulated API"}'])
+        return 200, {}, iter([record])
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -361,28 +342,14 @@ class SimulatedApi:
                 connection.shutdown(SHUT_RDWR)
 
 
+SPIKE = Spike(90, 330, "gemini-2.5-pro", 0.9)
+"""The demo's failure spike, in seconds from its start, again each hour: CreatifyModelFailureSpike fires."""
+
+
 def demo(clock: Callable[[], float] = time.time) -> SimulatedApi:
     """Return an API that is lively enough to show every metric in motion within half a minute."""
-    simulation = Simulation(13, clock(), rate=4.0, history=300, window=1000)
+    start = clock()
+    hours = [start + 3600 * hour for hour in range(24)]
+    spikes = [Spike(hour + SPIKE.begin, hour + SPIKE.end, SPIKE.model, SPIKE.ratio) for hour in hours]
+    simulation = Simulation(13, start, rate=4.0, history=300, window=150, deleted_share=0.02, spikes=spikes)
     return SimulatedApi({CREDENTIALS: simulation}, clock)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Serve a simulated API until SIGTERM or SIGINT."""
-    parser = argparse.ArgumentParser(prog="creatify_exporter.demo", description=main.__doc__)
-    parser.add_argument("--listen-address", default="127.0.0.1:9878")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--rate", type=float, default=2.0, help="tasks per second")
-    parser.add_argument("--history", type=int, default=200, help="tasks that exist at the start")
-    flags, stop = parser.parse_args(arguments), threading.Event()
-    host, _, port = flags.listen_address.rpartition(":")
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
-    simulation = Simulation(flags.seed, time.time(), rate=flags.rate, history=flags.history, window=5000)
-    with SimulatedApi({CREDENTIALS: simulation}, host=host, port=int(port)) as api:
-        print("{} CREATIFY_API_ID={} CREATIFY_API_KEY={}".format(api.url, *CREDENTIALS), flush=True)
-        stop.wait()
-
-
-if __name__ == "__main__":
-    main()

@@ -17,12 +17,13 @@ import structlog
 import yaml
 
 from creatify_exporter import __version__, cli
-from creatify_exporter.demo import CREDENTIALS, SimulatedApi, Simulation
+from creatify_exporter.demo import CREDENTIALS
 from creatify_exporter.ledger import Ledger
 from creatify_exporter.reasons import BUILT_IN
 from tests.support.exporter import parse
 from tests.support.processes import eventually, free_port
 from tests.support.records import SECOND, commit, record
+from tests.support.simulation import SimulatedApi, Simulation
 
 NOW = 1_760_000_000.0
 FLAGS = {

@@ -209,7 +209,7 @@ def check_python(arguments: list[str]) -> None:
         assert arguments[0] == "-m", arguments
         module = ROOT / arguments[1].replace(".", "/")
         in_repository = module.with_suffix(".py").exists() or (module / "__main__.py").exists()
-        assert in_repository or arguments[1] in {"venv", "pip", "creatify_exporter.demo"}, arguments
+        assert in_repository or arguments[1] in {"venv", "pip"}, arguments
 
 
 def check_make(arguments: list[str]) -> None:

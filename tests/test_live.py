@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from creatify_exporter.demo import CREDENTIALS, SimulatedApi, Simulation
+from creatify_exporter.demo import CREDENTIALS
 from tests.support import rules
 from tests.support.commands import output
 from tests.support.exporter import ROOT, Exporter
@@ -18,6 +18,7 @@ from tests.support.grafana import Target, labels_of, load, seconds, substitute, 
 from tests.support.packages import require
 from tests.support.processes import eventually
 from tests.support.prometheus import Alertmanager, Prometheus, Series, Webhook
+from tests.support.simulation import SimulatedApi, Simulation
 
 pytestmark = pytest.mark.process
 
@@ -238,7 +239,7 @@ def notifying(webhook: Webhook) -> dict[str, Any]:
 
 
 def test_a_failure_spike_is_notified_and_resolved_from_the_task_to_the_webhook(tmp_path: Path) -> None:
-    simulation = Simulation(5, time.time(), rate=6.0, history=100, window=2000, spikes=False)
+    simulation = Simulation(5, time.time(), rate=6.0, history=100, window=2000)
     config = {
         "workspaces": [{"name": "studio", "api_id": CREDENTIALS[0], "api_key": CREDENTIALS[1]}],
         "exposition": {"zero_hold": "0s"},

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from typing import Any, Self
 from urllib.parse import quote
 
-from creatify_exporter.demo import LIST_PATH, SimulatedApi, Simulation, Truth
+from creatify_exporter.demo import LIST_PATH
 from creatify_exporter.reasons import Classifier
 from tests.support.exporter import Exporter, Scrape
 from tests.support.processes import eventually
+from tests.support.simulation import SimulatedApi, Simulation, Truth
 
 Counts = dict[tuple[str, ...], float]
 """Values by (sample, model[, status or reason])."""

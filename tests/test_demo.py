@@ -1,14 +1,9 @@
-"""The simulated API: it follows Creatify's schema, is deterministic, and its own account is the truth."""
+"""The simulated API of the demo and of the tests: it follows Creatify's schema and is deterministic."""
 
 import gc
 import http.client
 import json
 import math
-import signal
-import subprocess
-import sys
-import threading
-import time
 import tracemalloc
 from collections import Counter
 from collections.abc import Iterator
@@ -26,8 +21,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator, FormatChecker
 
-from creatify_exporter import demo as simulator
-from creatify_exporter.demo import API_ID, API_KEY, CREDENTIALS, Model, SimulatedApi, Simulation, Truth
+from creatify_exporter.demo import API_ID, API_KEY, CREDENTIALS, LIST_PATH, SPIKE, demo
+from tests.support.simulation import SimulatedApi, Simulation, Truth
 
 API = Path(__file__).parent / "data" / "api"
 START = 1_790_000_000.25
@@ -44,10 +39,14 @@ def component(file: str, name: str) -> Draft202012Validator:
     return Draft202012Validator(schema, format_checker=formats)
 
 
-def listed(simulation: Simulation, now: float) -> list[dict[str, Any]]:
-    records = json.loads(b"".join(simulation.listing(now)))
+def listed_by(chunks: Iterator[bytes]) -> list[dict[str, Any]]:
+    records = json.loads(b"".join(chunks))
     assert isinstance(records, list)
     return records
+
+
+def listed(simulation: Simulation, now: float) -> list[dict[str, Any]]:
+    return listed_by(simulation.listing(now))
 
 
 def test_every_record_follows_the_openapi_schema_at_every_age() -> None:
@@ -157,15 +156,6 @@ def test_a_window_drops_the_oldest_tasks_but_not_their_share_of_the_truth() -> N
     assert sum(window.truth(end).listed.values()) == 40
 
 
-def test_growth_since_an_earlier_account_is_exact() -> None:
-    simulation = Simulation(11, START, rate=5, history=100)
-    earlier, later = simulation.truth(START + 30), simulation.truth(START + 90)
-    growth = later.since(earlier)
-    assert growth.hundredths + earlier.hundredths == later.hundredths
-    assert growth.failures + earlier.failures == later.failures
-    assert growth.listed == later.listed
-
-
 def test_tasks_never_go_back_and_charges_only_rise() -> None:
     simulation = Simulation(11, START, rate=5, history=20)
     order = ["pending", "running", "done", "failed"]
@@ -210,34 +200,18 @@ def ratio(simulation: Simulation, begin: float, end: float, model: str | None = 
 
 
 def test_failures_are_a_few_per_cent_without_a_spike() -> None:
-    simulation = Simulation(2, START, rate=20, spikes=False)
+    simulation = Simulation(2, START, rate=20)
     assert 0.05 < ratio(simulation, START, START + 600) < 0.08
 
 
 def test_a_spike_can_be_made_from_outside() -> None:
-    simulation = Simulation(2, START, rate=20, spikes=False)
+    simulation = Simulation(2, START, rate=20)
     simulation.spike(START + 100, 60, "gemini-2.5-flash", ratio=0.9)
     before = simulation.truth(START + 105)
     assert 0.6 < ratio(simulation, START + 105, START + 160, "gemini-2.5-flash") < 0.95
     overloaded = simulation.truth(START + 160).since(before).failures
     assert "The model is overloaded" in str(max(overloaded, key=overloaded.__getitem__)[1])
     assert ratio(simulation, START + 180, START + 300) < 0.1
-
-
-def test_each_five_minutes_have_a_spike_of_their_own() -> None:
-    simulation = Simulation(4, START, rate=10)
-    windows = [simulation.truth(START + t).finished for t in range(0, 901, 10)]
-    for period in range(3):
-        spiking = [
-            model
-            for earlier, later in pairwise(windows[period * 30 : period * 30 + 31])
-            for model, status in later
-            if status == "failed"
-            and (failed := later[model, status] - earlier[model, status]) > 4
-            and failed > later[model, "done"] - earlier[model, "done"]
-        ]
-        assert len(set(spiking)) == 1, spiking
-        assert 3 <= len(spiking) <= 6
 
 
 def test_a_new_model_appears_after_the_start() -> None:
@@ -247,57 +221,13 @@ def test_a_new_model_appears_after_the_start() -> None:
     assert simulation.truth(START + 30).submitted[new] > 0
 
 
-def test_models_are_the_callers_to_choose() -> None:
-    only = Model("mine", 1, 1.0, 1.0, 10)
-    truth = Simulation(4, START, rate=10, models=[only]).truth(START + 60)
-    assert set(truth.submitted) == {"mine"}
-    assert set(truth.finished) == {("mine", "failed")}
-
-
-def test_half_a_minute_of_the_demo_shows_everything_in_motion() -> None:
-    now = START
-    with simulator.demo(lambda: now) as api:
-        (simulation,) = api.workspaces.values()
-        baseline, balance = simulation.truth(now), simulation.balance(now)
-        statuses: set[str] = set()
-        durations: set[int] = set()
-        first_scrapes = Truth()
-        for now in (START + step for step in range(0, 31, 5)):
-            records = listed(simulation, now)
-            statuses |= {record["status"] for record in records}
-            durations |= {
-                math.frexp(
-                    (
-                        datetime.fromisoformat(record["updated_at"]) - datetime.fromisoformat(record["created_at"])
-                    ).total_seconds()
-                )[1]
-                for record in records
-                if record["status"] == "done"
-            }
-            assert simulation.balance(now) <= balance
-            balance = simulation.balance(now)
-            if now == START + 10:
-                first_scrapes = simulation.truth(now).since(baseline)
-        growth = simulation.truth(now).since(baseline)
-    assert statuses == {"pending", "running", "done", "failed"}
-    assert first_scrapes.finished.total() > 10
-    assert len(growth.submitted) == 4
-    assert len({text for _, text in growth.failures}) >= 5
-    assert len(growth.hundredths) >= 3
-    assert len(durations) >= 4
-    assert 0.05 < sum(n for (_, status), n in growth.finished.items() if status == "failed") / (
-        growth.finished.total()
-    ) < 0.4  # fmt: skip
-    assert balance < simulation.balance(START) + 1
-
-
 @pytest.fixture
 def api() -> Iterator[SimulatedApi]:
     with SimulatedApi({CREDENTIALS: Simulation(1, START, history=50)}, lambda: START + 5) as api:
         yield api
 
 
-def test_both_endpoints_answer_with_what_the_simulation_says(api: SimulatedApi) -> None:
+def test_each_endpoint_answers_with_what_the_simulation_says(api: SimulatedApi) -> None:
     (simulation,) = api.workspaces.values()
     response = requests.get(api.url + "/sse/text_generator/", headers=HEADERS, timeout=5)
     assert response.status_code == 200
@@ -306,7 +236,9 @@ def test_both_endpoints_answer_with_what_the_simulation_says(api: SimulatedApi) 
     balance = requests.get(api.url + "/api/remaining_credits/", headers=HEADERS, timeout=5).json()
     component("remaining_credits.openapi.yaml", "RemainingCredits").validate(balance)
     assert balance == {"remaining_credits": simulation.balance(START + 5)}
-    assert list(api.requests) == [("/sse/text_generator/", 200), ("/api/remaining_credits/", 200)]
+    newest = listed(simulation, START + 5)[0]
+    assert requests.get(f"{api.url}{LIST_PATH}{newest['id']}/", headers=HEADERS, timeout=5).json() == newest
+    assert [status for _, status in api.requests] == [200] * 3
 
 
 @pytest.mark.parametrize(
@@ -319,6 +251,7 @@ def test_both_endpoints_answer_with_what_the_simulation_says(api: SimulatedApi) 
         ("/api/remaining_credits/", {"X-API-ID": "wrong", "X-API-KEY": API_KEY}, 401),
         ("/sse/text_generator", HEADERS, 404),
         ("/", HEADERS, 404),
+        ("/sse/text_generator/no-such-task/", HEADERS, 404),
     ],
 )
 def test_wrong_credentials_and_paths_are_refused_in_json(
@@ -383,31 +316,6 @@ def test_a_client_that_goes_away_leaves_no_trace(api: SimulatedApi, capfd: pytes
     assert capfd.readouterr().err == ""
 
 
-def test_a_defect_of_the_simulator_is_shown(api: SimulatedApi, capfd: pytest.CaptureFixture[str]) -> None:
-    def broken() -> float:
-        raise RuntimeError("clock stopped")
-
-    api.clock = broken
-    with pytest.raises(requests.ConnectionError):
-        requests.get(api.url + "/sse/text_generator/", headers=HEADERS, timeout=5)
-    assert "clock stopped" in capfd.readouterr().err
-
-
-def test_many_clients_are_answered_at_once(api: SimulatedApi) -> None:
-    statuses: list[int] = []
-
-    def ask() -> None:
-        response = requests.get(api.url + "/sse/text_generator/", headers=HEADERS, timeout=20)
-        statuses.append(response.status_code)
-
-    threads = [threading.Thread(target=ask) for _ in range(40)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert statuses == [200] * 40
-
-
 def test_a_listing_is_streamed_never_built() -> None:
     simulation = Simulation(1, START, history=8000)
     simulation.advance(START + 60)
@@ -428,25 +336,59 @@ def test_the_history_may_be_empty_and_arrivals_sparse() -> None:
     assert simulation.truth(START) == Truth()
 
 
-@pytest.mark.process
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_program_serves_until_it_is_told_to_stop(number: signal.Signals) -> None:
-    command = [sys.executable, "-m", "creatify_exporter.demo", "--listen-address=127.0.0.1:0"]
-    with subprocess.Popen([*command, "--history=25", "--rate=1", "--seed=3"], stdout=-1, text=True) as process:
-        try:
-            assert process.stdout is not None
-            url, api_id, api_key = process.stdout.readline().split()
-            headers = {"X-API-ID": api_id.partition("=")[2], "X-API-KEY": api_key.partition("=")[2]}
-            assert len(requests.get(url + "/sse/text_generator/", headers=headers, timeout=5).json()) >= 25
-            begin = time.monotonic()
-            process.send_signal(number)
-            assert process.wait(5) == 0
-            assert time.monotonic() - begin < 2
-        finally:
-            process.kill()
+def test_a_task_that_left_the_window_is_answered_by_its_id_and_a_deleted_one_is_not() -> None:
+    simulation = Simulation(11, START, rate=5, window=10, deleted_share=0.5)
+    ids = [life.id for life in simulation.tasks]
+    simulation.advance(START + 20)
+    lives = list(simulation.tasks)
+    later = START + 120
+    simulation.advance(later)
+    assert not {life.id for life in lives} & {record["id"] for record in listed(simulation, later)}
+    assert ids == []
+    for life in lives:
+        answer = simulation.one(life.id, later)
+        assert (answer is None) == (life.deleted < math.inf)
+        assert answer is None or json.loads(answer)["status"] == life.outcome
+    assert 0 < sum(life.deleted < math.inf for life in lives) < 10
+    assert simulation.one("no-such-task", later) is None
 
 
-def test_the_program_can_be_run_in_process(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(signal, "signal", lambda _, handler: handler())
-    simulator.main(["--listen-address", "127.0.0.1:0"])
-    assert f"CREATIFY_API_ID={API_ID} CREATIFY_API_KEY={API_KEY}" in capsys.readouterr().out
+def test_half_a_minute_of_the_demo_shows_everything_in_motion() -> None:
+    now = START
+    statuses, models, texts, gone = set[str](), set[str](), set[str](), 0
+    with demo(lambda: now) as api:
+        (simulation,) = api.workspaces.values()
+        balance = simulation.balance(now)
+        before: list[dict[str, Any]] = []
+        for now in (START + step for step in range(0, 31, 5)):
+            records = listed_by(simulation.listing(now))
+            statuses |= {record["status"] for record in records}
+            models |= {record["model_name"] for record in records}
+            texts |= {record.get("failed_reason", "") for record in records if record["status"] == "failed"}
+            left = {one["id"] for one in before if one["status"] in ("pending", "running")} - {
+                one["id"] for one in records
+            }
+            gone += len(left)
+            before = records
+            assert simulation.balance(now) <= balance
+            balance = simulation.balance(now)
+    assert statuses == {"pending", "running", "done", "failed"}
+    assert len(models) == 4
+    assert len(texts) >= 5
+    assert gone > 0, "tasks leave the list unfinished, to be asked for by their id"
+
+
+def test_the_demo_has_a_failure_spike_soon_after_its_start() -> None:
+    now = START
+    with demo(lambda: now) as api:
+        (simulation,) = api.workspaces.values()
+        finished = Counter[tuple[bool, str]]()
+        seen = set[str]()
+        for now in (START + step for step in range(0, 400, 5)):
+            spiking = SPIKE.begin + 30 < now - START < SPIKE.end
+            for record in listed_by(simulation.listing(now)):
+                if record["model_name"] == SPIKE.model and record["status"] in ("done", "failed"):
+                    finished[spiking, record["status"]] += record["id"] not in seen
+                    seen.add(record["id"])
+    assert finished[True, "failed"] > 5 * finished[True, "done"]
+    assert SPIKE.end < 600

@@ -1,0 +1,90 @@
+"""The demo's API for tests: with an account of what really happened, spikes on demand, and faults."""
+
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from email.message import Message
+
+from creatify_exporter import demo
+from creatify_exporter.demo import Life, Spike
+
+
+@dataclass(frozen=True)
+class Truth:
+    """Say what really happened since the first task: the simulation's own account, listed or not."""
+
+    submitted: Counter[str] = field(default_factory=Counter)
+    finished: Counter[tuple[str, str]] = field(default_factory=Counter)  # (model, status)
+    failures: Counter[tuple[str, str | None]] = field(default_factory=Counter)  # (model, failure text)
+    hundredths: Counter[str] = field(default_factory=Counter)  # credits by model
+    microseconds: Counter[tuple[str, str]] = field(default_factory=Counter)  # durations of finished, summed
+    listed: Counter[tuple[str, str]] = field(default_factory=Counter)  # in the listing now: (model, status)
+
+    @property
+    def credits(self) -> dict[str, float]:
+        """Return the credits used by model."""
+        return {model: hundredths / 100 for model, hundredths in self.hundredths.items()}
+
+    def since(self, earlier: "Truth") -> "Truth":
+        """Return what happened after an earlier account; `listed` stays that of now."""
+        growth = {f.name: getattr(self, f.name) - getattr(earlier, f.name) for f in fields(self)}
+        return replace(self, **growth | {"listed": self.listed})
+
+
+@dataclass
+class Simulation(demo.Simulation):
+    """Simulate a workspace, and keep the account."""
+
+    def __post_init__(self) -> None:
+        self._truth = Truth()
+        super().__post_init__()
+
+    def _arrive(self, at: int) -> None:
+        super()._arrive(at)
+        self._truth.submitted[self.tasks[-1].model] += 1
+
+    def _happen(self, life: Life, *, is_end: bool) -> None:
+        super()._happen(life, is_end=is_end)
+        key, truth = (life.model, life.outcome), self._truth
+        if not is_end:
+            truth.hundredths[life.model] += life.hundredths
+            return
+        truth.finished[key] += 1
+        truth.microseconds[key] += life.finished - life.created
+        truth.failures[life.model, life.failure_text] += life.outcome == "failed"
+
+    def spike(self, start: float, duration: float, model: str | None = None, ratio: float = 0.9) -> None:
+        """Fail this ratio of the tasks that arrive from now on within that time, on one model or on all."""
+        with self._lock:
+            self.spikes = [*self.spikes, Spike(start, start + duration, model, ratio)]
+
+    def truth(self, now: float) -> Truth:
+        """Return the account at a time."""
+        with self._lock:
+            reached = self.advance(now)
+            listed = Counter((life.model, life.status(reached)) for life in self.tasks if reached < life.deleted)
+            return replace(self._truth.since(Truth()), listed=listed)
+
+
+@dataclass
+class SimulatedApi(demo.SimulatedApi):
+    """Serve workspaces; `fault`, when set, may answer a path with a status and headers instead.
+
+    `requests` has the newest (path, status).
+    """
+
+    workspaces: Mapping[tuple[str, str], Simulation]
+    fault: Callable[[str], tuple[int, dict[str, str]] | None] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.requests: deque[tuple[str, int]] = deque(maxlen=10_000)
+
+    def answer(self, path: str, headers: Message) -> tuple[int, dict[str, str], Iterator[bytes]]:
+        """Return status, headers and body of the answer to a request."""
+        if fault := self.fault and self.fault(path):
+            answer = (*fault, iter([b'{"detail":"Refused by the simulated API"}']))
+        else:
+            answer = super().answer(path, headers)
+        self.requests.append((path, answer[0]))
+        return answer
