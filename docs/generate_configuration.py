@@ -12,6 +12,7 @@ from pydantic import SecretStr
 from pydantic.fields import FieldInfo
 
 from creatify_exporter import config
+from creatify_exporter.configfile import Section, inner, keys
 
 DOCS = Path(__file__).parent
 REFERENCE = DOCS / "configuration.md"
@@ -48,14 +49,6 @@ def kind(field: FieldInfo) -> str:
     return names.get((get_args(field.annotation) or (field.annotation,))[0], "mapping")
 
 
-def inner(field: FieldInfo) -> type[config.Section] | None:
-    """Return the section that a field holds, or holds a list of."""
-    for candidate in (field.annotation, *get_args(field.annotation)):
-        if isinstance(candidate, type) and issubclass(candidate, config.Section):
-            return candidate
-    return None
-
-
 def default(field: FieldInfo) -> Any:
     """Return the default of a field as it would be written in YAML."""
     value: Any = field.default
@@ -81,9 +74,9 @@ def meaning(key: str, field: FieldInfo) -> str:
     return " ".join((field.description or (section.__doc__ if section else None) or "").split())
 
 
-def rows(section: type[config.Section], prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
+def rows(section: type[Section], prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
     """Yield path, type, default and meaning of every key below `section`."""
-    for key, field in config.keys(section).items():
+    for key, field in keys(section).items():
         path, below = f"{prefix}{key}", inner(field)
         value = ""
         if field.is_required() and not is_twin(key, field):
@@ -95,7 +88,7 @@ def rows(section: type[config.Section], prefix: str = "") -> Iterator[tuple[str,
             yield from rows(below, f"{path}{'[]' if kind(field) == 'list' else ''}.")
 
 
-def table(section: type[config.Section]) -> str:
+def table(section: type[Section]) -> str:
     """Return a Markdown table of every key below `section`."""
     lines = [("key", "type", "default", "meaning"), ("---",) * 4, *rows(section)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
@@ -110,6 +103,11 @@ def reference(text: str) -> str:
     return text
 
 
+def lower_bound(field: FieldInfo) -> int:
+    """Return the least whole number that a field admits."""
+    return 0 if any(getattr(bound, "ge", None) == 0 for bound in field.metadata) else 1
+
+
 def value_schema(key: str, field: FieldInfo) -> dict[str, Any]:
     """Return the JSON Schema of what may be written at a key."""
     if below := inner(field):
@@ -119,7 +117,7 @@ def value_schema(key: str, field: FieldInfo) -> dict[str, Any]:
     if is_twin(key, field):
         return {"type": "string", "minLength": 1}
     for alias, pattern in (
-        (config.BaseUrl, r"^https?://[^/?#@\s\\]+[^?#@\s\\]*$"),
+        (config.BaseUrl, r"^[Hh][Tt][Tt][Pp][Ss]?://[^/?#@\s\\]+[^?#@\s\\]*$"),
         (config.LedgerUrl, r"^(sqlite:///[^?]+|postgresql://[^?]*/[^?].*)$"),
     ):
         if get_args(alias)[1] in field.metadata:
@@ -133,16 +131,18 @@ def value_schema(key: str, field: FieldInfo) -> dict[str, Any]:
             from_environment,
         ],
         "boolean": [{"type": "boolean"}, from_environment],
-        "whole number": [{"type": "integer", "minimum": 1}, from_environment],
+        "whole number": [{"type": "integer", "minimum": lower_bound(field)}, from_environment],
     }
+    if get_origin(field.annotation) is Literal:
+        return {"anyOf": [{"enum": list(get_args(field.annotation))}, from_environment]}
     return {"anyOf": several[kind(field)]} if kind(field) in several else {"type": ["string", "number", "boolean"]}
 
 
-def section_schema(section: type[config.Section]) -> dict[str, Any]:
+def section_schema(section: type[Section]) -> dict[str, Any]:
     """Return the JSON Schema of a mapping."""
     properties: dict[str, Any] = {}
     required, secrets = [], []
-    for key, field in config.keys(section).items():
+    for key, field in keys(section).items():
         value = value_schema(key, field)
         if not field.is_required() and not is_twin(key, field):
             value = {"anyOf": [value, {"type": "null"}]} | ({} if inner(field) else {"default": default(field)})

@@ -169,7 +169,8 @@ def test_the_errors_of_both_configurations_are_printed_at_once(capsys: Capture) 
     Path("web.yaml").write_text("surprise: 1\n")
     flag = configured("https://api.creatify.ai", wonder=1)
     assert exit_code(flag, "--web.config.file=web.yaml", "--config.check") == 1
-    assert {line.partition(":")[0] for line in capsys.readouterr().err.splitlines()} == {"wonder", "surprise"}
+    errors = capsys.readouterr().err.splitlines()
+    assert {line.rpartition(":")[0] for line in errors} == {"wonder", "web.yaml: surprise"}
 
 
 # --once
