@@ -1,16 +1,17 @@
-"""From the bytes of one response body to records, in constant memory.
+"""From the bytes of one response body to records, in memory that does not grow with the body.
 
 A body is cut where two records seem to meet, and a strict decoder proves the cut: `[` + slice + `]` is valid JSON only
-if the slice ends where a record ends. What the strict decoder refuses (a wrong guess, deep nesting, huge numbers, lone
-surrogates, broken UTF-8) gets a tolerant second look, record by record. The tolerant grammar accepts all that the
-strict one accepts, with the same fields, so neither the verdict nor the records depend on where the stream was cut.
+if the slice ends where a record ends. If the strict decoder refuses it, the next record is taken alone: its end is
+found by counting brackets outside strings, and a tolerant decoder reads what the strict one refuses (huge numbers,
+lone surrogates, broken UTF-8, bad escapes, deep nesting). The tolerant decoder accepts all that the strict one
+accepts, with the same fields, so neither the verdict nor the records depend on how the body was cut into pieces.
 """
 
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -22,46 +23,22 @@ _WINDOW = 256 * 1024
 _MIN_WINDOW = 4 * 1024
 _MAX_BOUNDARY = 256
 _MAX_GUESSES = 64
+_MAX_LINK = 8 * 1024
+_MAX_DEPTH = 200
 
-_STRICT = msgspec.json.Decoder(list[Record | None])
-_FIELDS = frozenset(Record.__struct_fields__)
-_LITERALS: dict[bytes, Any] = {b"true": True, b"false": False, b"null": None}
+_BATCH = msgspec.json.Decoder(list[Record | None])
+_RECORD = msgspec.json.Decoder(Record)
 
-# Every repetition is possessive: nothing is tried twice, so neither time nor memory runs away with long tokens.
-_SPACE = r"[ \t\n\r]*+"
-_OPEN_STRING = r'"[^"\\]*+(?:\\.[^"\\]*+)*+'
-# Running to the next quote is ten times as fast, and mostly no backslash stands before it.
-_STRING = rf'(?>"[^"]*+"(?<!\\")|{_OPEN_STRING}")'
-_NUMBER = r"-?+(?:0|[1-9][0-9]*+)(?:\.[0-9]++)?+(?:[eE][-+]?+[0-9]++)?+"
-_TOKENS = {
-    ord("_"): _SPACE,
-    ord("S"): _STRING,
-    ord("O"): _OPEN_STRING,
-    ord("V"): f"(?:{_STRING}|{_NUMBER}|true|false|null|NaN|-?+Infinity)",
-    ord("K"): f"(?:{_SPACE}{_STRING}{_SPACE}:{_SPACE})",
-}
-
-
-def _compile(template: str) -> re.Pattern[bytes]:
-    """Compile a pattern with `_`, S, O, V, K for space, string, unclosed string, scalar value, key and colon."""
-    return re.compile(template.translate(_TOKENS).encode(), re.DOTALL)
-
-
-_FIRST = _compile("_(?=(.))")
-_MEMBER = _compile("_(S)_:_()(?:(V)_([,}]))?+")
-# What follows shows that a number is all there.
-_SCALAR = _compile(r"V(?=[ \t\n\r,}\]])")
-_DELIMITER = _compile(r"_([,}\]])")
-_BOUNDARY = _compile(r"(\}_(,)_\{_S)_:(?:_V_,_(S))?+")
-# From inside an array or object up to the next bracket: right after its own opening one, or further on.
-_STRETCHES = {
-    (ord("["), True): _compile(r"_(?:\]|V_(?:,_V_)*+(?:\]|,_[{\[])|[{\[])"),
-    (ord("["), False): _compile(r"_(?:\]|,_(?:V_(?:,_V_)*+(?:\]|,_[{\[])|[{\[]))"),
-    (ord("{"), True): _compile(r"_(?:\}|K(?:V_(?:,KV_)*+(?:\}|,K[{\[])|[{\[]))"),
-    (ord("{"), False): _compile(r"_(?:\}|,K(?:V_(?:,KV_)*+(?:\}|,K[{\[])|[{\[]))"),
-}
-# What is left of the buffer when it may only be too short for one of the above.
-_UNFINISHED = _compile(r"_,?+_(?:K?+V_,_)*+(?:S_:?+_)?+(?:[-+.0-9A-Za-z]++_|S_|O\\?+)?+\Z")
+_NO_SPACE = re.compile(rb"[^ \t\n\r]")
+_NO_SCALAR = re.compile(rb"[^-+.0-9A-Za-z]")
+_MARK = re.compile(rb'["\[\]{}]')
+# Bounded, because the matcher remembers every round and keeps other threads waiting.
+_TEXT = re.compile(rb'[^"\\]{0,9999}(?:\\.[^"\\]{0,999}){0,1000}', re.DOTALL)
+_ESCAPE = re.compile(rb'\\(?:["\\/bfnrt]|u[0-9A-Fa-f]{4})?')
+# A brace, a comma, a brace and the first key; then, if the first value is short, the second key.
+_BOUNDARY = re.compile(
+    rb'(\}\s*(,)\s*\{\s*"[^"\\]{0,99}"\s*:)(?:\s*(?:"[^"\\]{0,99}"|[^"\\,]{1,99}),\s*("[^"\\]{0,99}"))?'
+)
 
 
 class MalformedBodyError(ValueError):
@@ -106,17 +83,18 @@ class Page:
         more = self._parse(_first, 0)[0] != b"}"
         while more:
             key, start = self._parse(_key, 0)
+            end = 0
             if key == "results":
-                if found or self._parse(_first, start)[0] != b"[":
+                if found or buffer[start] != ord("["):
                     raise MalformedBodyError("the page's results are not one array")
                 found = True
                 del buffer[:start]
                 yield from self._array()
-                end = 0
+            elif key == "next":
+                self.next, end = self._parse(_link, start)
             else:
                 end = self._parse(_value_end, start)
-                if key == "next":
-                    self.next = _link(bytes(buffer[start:end]))
+                _load(buffer[start:end])
             more, end = self._parse(_goes_on, end, b"}")
             del buffer[:end]
         if not found:
@@ -135,7 +113,7 @@ class Page:
         while more:
             self._fill(window)
             comma = boundary.last_comma(buffer, window)
-            if comma > 0 and (batch := self._strict_batch(comma)) is not None:
+            if comma > 0 and (batch := self._batch(comma)) is not None:
                 yield batch
                 window = min(2 * window, _WINDOW)
                 continue
@@ -150,18 +128,14 @@ class Page:
             del buffer[:after]
             yield [record]
 
-    def _strict_batch(self, comma: int) -> list[Record | None] | None:
+    def _batch(self, comma: int) -> list[Record | None] | None:
         """Decode the records up to the guessed comma and drop them from the buffer, or return None and leave it."""
         buffer = self._buffer
         buffer[comma] = ord("]")
-        try:
-            with memoryview(buffer) as view, view[: comma + 1] as records:
-                batch = _STRICT.decode(records)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-            buffer[comma] = ord(",")
-            return None
-        buffer[comma] = ord("[")
-        del buffer[:comma]
+        batch = _strict(_BATCH, buffer, 0, comma + 1)
+        buffer[comma] = ord(",") if batch is None else ord("[")
+        if batch is not None:
+            del buffer[:comma]
         return batch
 
     def _parse(self, step: Callable[..., _T], position: int, *more: bytes) -> _T:
@@ -189,12 +163,12 @@ class Page:
 
 
 class _Boundary:
-    """What stands between two records, learned from some; finds where others may meet."""
+    """What stands between two records, learned from some; guesses where others may meet."""
 
     def __init__(self) -> None:
         self._text = b""
         self._comma = 0
-        self._second_key = b""
+        self._second_key: bytes | None = None
 
     def learn(self, buffer: bytearray, brace: int) -> None:
         """Learn from the record that ends at `brace`, if the start of the next one is in the buffer."""
@@ -220,95 +194,151 @@ class _Boundary:
 
 def _first(buffer: bytearray, position: int) -> tuple[bytes, int]:
     """Return the first byte that is no space, and where it is."""
-    found = _FIRST.match(buffer, position) or _refuse(buffer, position)
-    return found[1], found.end()
+    found = _NO_SPACE.search(buffer, position)
+    if not found:
+        raise _IncompleteError
+    return found[0], found.start()
 
 
 def _element(buffer: bytearray, position: int) -> tuple[Record | None, int]:
     """Return the element of the list at `position`, None if it is no object, and where it ends."""
-    first, position = _first(buffer, position)
-    if first != b"{":
-        return None, _value_end(buffer, position)
-    position += 1
     first, start = _first(buffer, position)
-    if first == b"}":
-        return Record(), start + 1
-    fields: dict[str, Any] = {}
-    more = True
-    while more:
-        found = _MEMBER.match(buffer, position) or _refuse(buffer, position)
-        start, end = found.span(3)
-        more, position = found[4] == b",", found.end()
-        if end < 0:  # no scalar value, or the buffer ends
-            start, end = position, _value_end(buffer, position)
-            more, position = _goes_on(buffer, end, b"}")
-        key = _text(found[1])
-        if key in _FIELDS:
-            fields[key] = _value(bytes(buffer[start:end]))
-    return Record(**fields), position
+    end = _value_end(buffer, start)
+    record = _strict(_RECORD, buffer, start, end) if first == b"{" else None
+    if record is None:
+        value = _load(buffer[start:end])
+        if isinstance(value, dict):
+            record = Record(**{name: value[name] for name in Record.__struct_fields__ if name in value})
+    return record, end
 
 
-def _key(buffer: bytearray, position: int) -> tuple[str, int]:
+def _key(buffer: bytearray, position: int) -> tuple[object, int]:
     """Return the key at `position` and where its value starts."""
-    found = _MEMBER.match(buffer, position) or _refuse(buffer, position)
-    return _text(found[1]), found.end(2)
+    first, start = _first(buffer, position)
+    end = _value_end(buffer, start)
+    colon, after = _first(buffer, end)
+    if first != b'"' or colon != b":":
+        raise MalformedBodyError("the body has no key where one belongs")
+    return _load(buffer[start:end]), _first(buffer, after + 1)[1]
+
+
+def _link(buffer: bytearray, start: int) -> tuple[str | None, int]:
+    """Return the link to the next page, and where it ends; refuse a long one without waiting for its end."""
+    try:
+        end = _value_end(buffer, start)
+    except _IncompleteError:
+        end = len(buffer)
+        if end - start <= _MAX_LINK:
+            raise
+    if end - start > _MAX_LINK:
+        raise MalformedBodyError("the page's link to the next one is too long")
+    link = _load(buffer[start:end])
+    if link is not None and not isinstance(link, str):
+        raise MalformedBodyError("the page's link to the next one is no text")
+    return link or None, end
 
 
 def _value_end(buffer: bytearray, start: int) -> int:
-    """Return where the value at `start` ends; nesting has no limit."""
-    if not buffer.startswith((b"{", b"["), start):
-        return (_SCALAR.match(buffer, start) or _refuse(buffer, start)).end()
-    opened, fresh, position = bytearray(buffer[start : start + 1]), True, start + 1
-    while opened:
-        found = _STRETCHES[opened[-1], fresh].match(buffer, position) or _refuse(buffer, position)
-        position = found.end()
-        bracket = buffer[position - 1]
-        fresh = bracket in b"[{"
-        if fresh:
-            opened.append(bracket)
-        else:
-            opened.pop()
-    return position
+    """Return where the value at `start` ends, if it is one."""
+    first = buffer[start]
+    if first == ord('"'):
+        return _string_end(buffer, start + 1)
+    if first in b"{[":
+        depth = 0
+        for place in _brackets(buffer, start):
+            depth += 1 if buffer[place] in b"{[" else -1
+            if not depth:
+                return place + 1
+        raise _IncompleteError
+    found = _NO_SCALAR.search(buffer, start)
+    if not found:
+        raise _IncompleteError
+    if found.start() == start:
+        raise MalformedBodyError("the body is not valid JSON")
+    return found.start()
 
 
 def _goes_on(buffer: bytearray, position: int, closing: bytes) -> tuple[bool, int]:
     """Tell whether a comma follows, or else the closing bracket, and where that ends."""
-    found = _DELIMITER.match(buffer, position) or _refuse(buffer, position)
-    if found[1] not in (b",", closing):
-        raise MalformedBodyError("the body has a wrong bracket")
-    return found[1] == b",", found.end()
+    found, position = _first(buffer, position)
+    if found not in (b",", closing):
+        raise MalformedBodyError("the body is not valid JSON")
+    return found == b",", position + 1
 
 
-def _refuse(buffer: bytearray, position: int) -> NoReturn:
-    if _UNFINISHED.match(buffer, position):
-        raise _IncompleteError
-    raise MalformedBodyError("the body is not valid JSON")
+def _brackets(buffer: bytearray, position: int) -> Iterator[int]:
+    """Yield where the brackets outside strings are."""
+    while found := _MARK.search(buffer, position):
+        position = found.end()
+        if buffer[position - 1] == ord('"'):
+            position = _string_end(buffer, position)
+        else:
+            yield position - 1
 
 
-def _value(token: bytes) -> Any:
-    """Return what a value means; an array or object is no use to anybody, so an empty object stands for it."""
-    if token.startswith(b'"'):
-        return _text(token)
-    if token.startswith((b"{", b"[")):
-        return {}
-    if token in _LITERALS:
-        return _LITERALS[token]
+def _string_end(buffer: bytearray, start: int) -> int:
+    """Return where the string ends whose first character is at `start`."""
+    end = buffer.find(b'"', start)
+    # Running to the next quote is ten times as fast, and mostly no backslash stands before it.
+    if end >= 0 and buffer[end - 1] != ord("\\"):
+        return end + 1
+    for found in _TEXT.finditer(buffer, start) if end >= 0 else ():
+        if buffer.startswith(b'"', found.end()):
+            return found.end() + 1
+    raise _IncompleteError
+
+
+# These read values that are complete.
+
+
+def _strict(decoder: msgspec.json.Decoder[_T], buffer: bytearray, start: int, end: int) -> _T | None:
+    """Decode a slice without a copy; return None for what is not strictly valid."""
+    try:
+        with memoryview(buffer) as view, view[start:end] as part:
+            return decoder.decode(part)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return None
+
+
+def _integer(token: str) -> int | float:
     try:
         return int(token)
-    except ValueError:  # a fraction, an exponent, NaN, or more digits than int() takes, which makes an infinity
+    except ValueError:  # more digits than int() takes
         return float(token)
 
 
-def _text(token: bytes) -> str:
-    text = token.decode("utf-8", "replace")
-    if "\\" in text:
-        with suppress(ValueError):  # an escape that JSON does not know stays as it is
-            return str(json.loads(text, strict=False))
-    return text[1:-1]
+_tolerant = json.JSONDecoder(strict=False, parse_int=_integer).decode
 
 
-def _link(token: bytes) -> str | None:
-    link = _value(token)
-    if link is not None and not isinstance(link, str):
-        raise MalformedBodyError("the page's link to the next one is no text")
-    return link or None
+def _load(token: bytearray) -> Any:
+    """Decode a value as tolerantly as can be; raise MalformedBodyError without the value in its context."""
+    with suppress(ValueError, RecursionError):
+        return _tolerant(_text(token))
+    # A backslash that begins no escape stands for itself.
+    mended = _ESCAPE.sub(lambda found: found[0] if len(found[0]) > 1 else rb"\\", token)
+    with suppress(ValueError):
+        return _tolerant(_text(_flat(bytearray(mended))))
+    raise MalformedBodyError("the body is not valid JSON")
+
+
+def _flat(value: bytearray) -> bytearray:
+    """Return a value with 0 for each container that is nested too deep for the decoder, once it was decoded alone."""
+    parts, depth, start = [bytearray()], 0, 0
+    for place in _brackets(value, 0):
+        opens = value[place] in b"{["
+        depth += opens
+        if depth % _MAX_DEPTH == 0:
+            end = place if opens else place + 1
+            parts[-1] += value[start:end]
+            start = end
+            if opens:
+                parts.append(bytearray())
+            else:
+                _tolerant(_text(parts.pop()))
+                parts[-1] += b"0"
+        depth -= not opens
+    return parts[-1] + value[start:]
+
+
+def _text(token: bytearray) -> str:
+    return token.decode("utf-8", "replace")

@@ -116,7 +116,12 @@ def test_well_formed_bodies_give_their_records(body: bytes, ids: list[Any], size
         (b'"\\q"', "\\q"),
         (b'"\\u12"', "\\u12"),
         (b'"' + b"\\\\" * 1000 + b'\\""', "\\" * 1000 + '"'),
+        (b'"a\\\\"', "a\\"),
+        (b'"\\"}],\\\\\\"{"', '"}],\\"{'),
+        (b'"' + b'a\\"' * 3000 + b'"', 'a"' * 3000),
+        (b'"' + b"a" * 30_000 + b'\\q"', "a" * 30_000 + "\\q"),
         (b"[" * 20_000 + b"]" * 20_000, "container"),
+        (b'{"a":[],"b":[' * 999 + b'"\\q","]"' + b"]}" * 999, "container"),
         (b'{"a":' * 20_000 + b"1" + b"}" * 20_000, "container"),
         (b'[1,"]",{"a":[{},[]],"b":1e999}, [NaN ,-Infinity]]', "container"),
         (b'{"\\ud800":"\xff","b":[1 , 2]}', "container"),
@@ -182,6 +187,10 @@ MALFORMED = {
     "envelope closed by a bracket": b'{"results":[]]',
     "next a number": b'{"next":1,"results":[]}',
     "next a list": b'{"next":["a"],"results":[]}',
+    "next too long": b'{"next":"' + b"a" * 8191 + b'","results":[]}',
+    "colon before the key": b'{:"next":1,"results":[]}',
+    "envelope without a colon": b'{"results" []}',
+    "wrong value in the envelope": b'{"count":[1,],"results":[]}',
     "envelope with garbage": b'{"results":[],x}',
     "bytes after the envelope": b'{"results":[]} {}',
 }
@@ -193,12 +202,33 @@ def test_malformed_bodies_are_refused_however_they_are_cut(body: bytes, size: in
     assert outcome(body, size) == "malformed"
 
 
-def test_the_message_never_quotes_the_body() -> None:
+@pytest.mark.parametrize("body", [b"[" * 2000 + b"," + b"]" * 2000, b'{"a":' * 2000 + b"}" * 2000], ids=["[", "{"])
+def test_what_is_wrong_deep_inside_is_refused(body: bytes) -> None:
+    assert outcome(b'[{"x":' + body + b"}]") == "malformed"
+
+
+def test_the_error_never_holds_the_body() -> None:
     for body in MALFORMED.values():
         secret = body.replace(b"id", b"PLANTED").replace(b"text", b"PLANTED")
         with pytest.raises(MalformedBodyError) as caught:
             list(Page([secret]))
         assert "PLANTED" not in str(caught.value)
+        assert caught.value.__context__ is None
+
+
+def test_a_long_link_is_refused_before_it_is_in_memory() -> None:
+    page = Page(repeated(b'{"next":"', b"a" * 65536, b'"}', 1000))
+    with pytest.raises(MalformedBodyError):
+        peak_of(page)
+    assert len(page._buffer) < 200_000
+
+
+def test_an_envelope_is_the_same_in_every_two_pieces() -> None:
+    body = b'{ "count" : 1 , "next" : "a" , "results" : [ { "id" : "x" } , { "id" : 2 } ] , "previous" : null }'
+    for cut in range(len(body) + 1):
+        page = Page([body[:cut], body[cut:]])
+        assert [record and record.id for batch in page for record in batch] == ["x", 2], cut
+        assert page.next == "a"
 
 
 @pytest.mark.parametrize("size", [1, WHOLE])
@@ -210,6 +240,7 @@ def test_the_message_never_quotes_the_body() -> None:
         (b'{"results" : [ {"id":1},{"id":2} ] , "next" : "\\u0061", "x": {"results":[{"id":9}]} }', "a"),
         (b'{"next":null,"results":[{"id":1},{"id":2}]}', None),
         (b'{"next":"","results":[{"id":1},{"id":2}]}', None),
+        (b'{"next" : "' + b"a" * 8190 + b'","results":[{"id":1},{"id":2}]}', "a" * 8190),
         (b'[{"id":1},{"id":2,"next":"b"}]', None),
     ],
 )
