@@ -1,5 +1,7 @@
+import itertools
 import json
 import math
+import os
 import random
 import tracemalloc
 from collections.abc import Iterator
@@ -8,19 +10,29 @@ from unittest import mock
 
 import msgspec
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from creatify_exporter import stream
 from creatify_exporter.stream import MalformedBodyError, Page
 from creatify_exporter.tasks import Record
+from tests.support import openapi
 
 FIELDS = Record.__struct_fields__
 WHOLE = 1 << 30
 
 
-def chunks(body: bytes, size: int) -> Iterator[bytes]:
-    return (body[start : start + size] for start in range(0, len(body), size))
+LISTS = int(os.environ.get("FUZZ_LISTS", "60"))
+"""How many random lists are read; more by hand and in CI."""
+
+
+def chunks(body: bytes, *sizes: int) -> Iterator[bytes]:
+    start = 0
+    for size in itertools.cycle(sizes):
+        if start >= len(body):
+            return
+        yield body[start : start + size]
+        start += size
 
 
 def plain(value: Any) -> Any:
@@ -34,10 +46,10 @@ def fields(record: Record | None) -> dict[str, Any] | None:
     return None if record is None else {name: plain(getattr(record, name)) for name in FIELDS}
 
 
-def outcome(body: bytes, size: int = WHOLE) -> list[dict[str, Any] | None] | str:
-    """Return what a page says of `body` in chunks of `size` bytes: its records, or that it is malformed."""
+def outcome(body: bytes, *sizes: int) -> list[dict[str, Any] | None] | str:
+    """Return what a page says of `body` in chunks of so many bytes: its records, or that it is malformed."""
     try:
-        return [fields(record) for batch in Page(chunks(body, size)) for record in batch]
+        return [fields(record) for batch in Page(chunks(body, *(sizes or [WHOLE]))) for record in batch]
     except MalformedBodyError:
         return "malformed"
 
@@ -297,7 +309,7 @@ def bodies(draw: st.DrawFn) -> bytes:
     return text.encode("utf-8", "surrogatepass")
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=LISTS, deadline=None)
 @given(body=bodies(), size=st.integers(1, 40), window=st.integers(8, 200))
 def test_streamed_decoding_equals_decoding_the_whole(body: bytes, size: int, window: int) -> None:
     with tolerant_only():
@@ -308,10 +320,31 @@ def test_streamed_decoding_equals_decoding_the_whole(body: bytes, size: int, win
         assert outcome(body, size) == whole
 
 
+@settings(max_examples=LISTS, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    tasks=openapi.listings(),
+    layout=layouts,
+    ensure_ascii=st.booleans(),
+    envelope=st.booleans(),
+    sizes=st.lists(st.integers(1, 300), min_size=1, max_size=5),
+    window=st.integers(8, 2000),
+)
+def test_every_list_of_the_documented_schema_is_read(
+    tasks: list[Any], layout: tuple[str, str], ensure_ascii: bool, envelope: bool, sizes: list[int], window: int
+) -> None:
+    page = {"count": len(tasks), "next": None, "previous": None, "results": tasks} if envelope else tasks
+    text = json.dumps(page, separators=layout, ensure_ascii=ensure_ascii)
+    body = text.encode("utf-8", "surrogatepass")
+    seen = json.loads(body.decode("utf-8", "replace"))
+    with small_windows(window):
+        assert outcome(body, *sizes) == expected(seen["results"] if envelope else seen)
+    assert outcome(body) == expected(seen["results"] if envelope else seen)
+
+
 JSON_BYTES = b'{}[]",:\\ 0-.e\x00\xffnu"id'
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=LISTS, deadline=None)
 @given(
     body=bodies(),
     size=st.integers(1, 40),
@@ -339,7 +372,7 @@ def test_damaged_bodies_get_one_verdict_however_they_are_cut(
         assert whole == [fields(record) for record in strict]
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=LISTS, deadline=None)
 @given(
     body=st.binary(max_size=200) | st.lists(st.sampled_from(JSON_BYTES), max_size=60).map(bytes),
     prefix=st.sampled_from([b"", b"[", b"[{", b'{"results":[', b'[{"id":']),
