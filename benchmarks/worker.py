@@ -125,7 +125,15 @@ class _NoBook(Book):
     def draft(self) -> Draft:
         return _NoDraft(Known())
 
-    def commit(self, draft: Draft | None, models: Iterable[str], policy: Policy, now: int) -> None:
+    def commit(
+        self,
+        draft: Draft | None,
+        models: Iterable[str],
+        policy: Policy,
+        now: int,
+        date: int | None = None,
+        still: Callable[[], bool] = lambda: True,
+    ) -> None:
         pass
 
 

@@ -1,68 +1,40 @@
-"""The ledger's tables, and the SQLite or PostgreSQL database that holds them."""
+"""The SQLite or PostgreSQL database behind the ledger: transactions that hold nobody for long, and clear refusals."""
 
 import os
-import re
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from typing import Any
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-SCHEMA_VERSION = 1
+from creatify_exporter import schema
 
-_metadata = sa.MetaData()
+T = TypeVar("T")
 
-version = sa.Table("ledger_version", _metadata, sa.Column("version", sa.Integer, nullable=False))
+_SOONER = 0.8  # of the deadline: what the database itself can end, it ends before we give up on it
+_CONNECT_TIMEOUT = 5
 
-workspaces = sa.Table(
-    "workspaces",
-    _metadata,
-    sa.Column("name", sa.Text, primary_key=True),
-    sa.Column("baseline_at", sa.BigInteger),  # when counting began; null before the first listing
-    sa.Column("floor", sa.BigInteger),  # unknown tasks created before it count nothing by appearing
-    sa.Column("revision", sa.BigInteger, nullable=False),  # rises with every change of this workspace
-    sa.Column("tasks", sa.BigInteger, nullable=False),
-)
-
-tasks = sa.Table(
-    "tasks",
-    _metadata,
-    sa.Column("workspace", sa.Text, primary_key=True),
-    sa.Column("id", sa.Text, primary_key=True),
-    sa.Column("model", sa.Text, nullable=False),  # the label it had when first seen
-    sa.Column("finished", sa.Text),  # done, failed, or null
-    sa.Column("credits", sa.BigInteger, nullable=False),  # the highest value seen
-    sa.Column("created", sa.BigInteger),
-    sa.Column("first_seen", sa.BigInteger, nullable=False),
-    sa.Column("unlisted_since", sa.BigInteger),
-    sqlite_with_rowid=False,
-)
-unlisted = tasks.c.unlisted_since.is_not(None)
-sa.Index(
-    "tasks_unlisted",
-    tasks.c.workspace,
-    tasks.c.unlisted_since,
-    sqlite_where=unlisted,
-    postgresql_where=unlisted,
-)
-
-totals = sa.Table(
-    "totals",
-    _metadata,
-    sa.Column("workspace", sa.Text, primary_key=True),
-    sa.Column("model", sa.Text, primary_key=True),
-    sa.Column("metric", sa.Text, primary_key=True),
-    sa.Column("label", sa.Text, primary_key=True),
-    sa.Column("value", sa.BigInteger, nullable=False),
-    sa.Column("held", sa.Boolean, nullable=False),  # joined after the baseline, so zero_hold applies
-    sa.Column("answered_at", sa.BigInteger),  # the first answer that carried it
-    sa.Column("shown", sa.Boolean, nullable=False),  # it may show its value, for good
-    sa.Column("exemplar", sa.Text),  # the newest task behind it
-    sqlite_with_rowid=False,
-)
+# What a later listing may find cured; all else at the start is for somebody to look at.
+_SQLITE_PASSES = ("SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_FULL", "SQLITE_IOERR", "SQLITE_NOMEM", "SQLITE_INTERRUPT")
+_POSTGRES_STAYS = ("28", "3D", "3F", "42")
+_WORDS = {
+    "SQLITE_NOTADB": "the file is not a SQLite database",
+    "SQLITE_CORRUPT": "the file is corrupt",
+    "SQLITE_READONLY": "no permission to write",
+    "SQLITE_PERM": "no permission",
+    "SQLITE_CANTOPEN": "the file cannot be opened",
+    "SQLITE_FULL": "the disk is full",
+    "SQLITE_BUSY": "somebody else holds a lock",
+    "28": "the login was refused",
+    "3D": "there is no such database",
+    "42501": "no permission",
+    "55P03": "somebody else holds a lock",
+    "57014": "no answer in time",
+}
 
 
 class LedgerError(Exception):
@@ -77,133 +49,364 @@ class LedgerMissingError(LedgerUnusableError):
     """There is no ledger, and none may be made."""
 
 
-class Database:
-    """The database behind the ledger: SQLite, or PostgreSQL when several replicas share it."""
+class LedgerUncertainError(LedgerError):
+    """The answer to a COMMIT was lost: whether it took effect is to be looked up."""
 
-    def __init__(self, url: str, *, read_only: bool = False) -> None:
-        """Prepare the database at `url`, a SQLAlchemy URL of SQLite or PostgreSQL; nothing is connected yet."""
+
+class LedgerSupersededError(LedgerError):
+    """Nothing was written because nobody wants it any more; the ledger itself is fine."""
+
+
+class _Attempt:
+    """One transaction, in a thread of its own, and how far it got."""
+
+    def __init__(self) -> None:
+        self.ended = threading.Event()
+        self.progressed = time.monotonic()
+        self.abandoned = False
+        self.committing = False
+
+
+class Database:
+    """The database behind the ledger: SQLite, or PostgreSQL when several replicas share it.
+
+    One transaction at a time, in a thread of its own. A caller whose statement is not answered in time leaves it
+    there, and it is rolled back when it moves again. Until then nobody starts another one, so threads do not pile up.
+    """
+
+    def __init__(self, url: str, *, read_only: bool = False, deadline: float = 10.0) -> None:
+        """Prepare the database at `url`, a SQLAlchemy URL of SQLite or PostgreSQL; nothing is connected yet.
+
+        No statement holds a caller for more than `deadline` seconds.
+        """
         self._url = sa.make_url(url)
+        self._is_sqlite = self._url.get_backend_name() == "sqlite"
+        self._path = self._url.database if self._is_sqlite and self._url.database != ":memory:" else None
+        self._name = f"ledger {_printable(self._url)}"
+        self._silent = f"{self._name}: no answer within {deadline:g} s"
         self._read_only = read_only
+        self._deadline = deadline
         self.up = False
+        """Whether the ledger answered last time."""
         self._opened = False
-        self._opening = threading.Lock()
-        self._engine = self._make_engine()
+        self._engine: sa.Engine | None = None
+        self._file: tuple[int, int] | None = None
+        self._login: dict[str, Any] = {}
+        self._turn = threading.Lock()
+        self._fence = threading.Lock()
+        self._attempt = _Attempt()
+
+    # Transactions
+
+    def transact(self, work: Callable[[Connection], T]) -> T:
+        """Run `work` in one transaction and return its result; raise LedgerError when the database fails.
+
+        `work` runs in another thread, and must not change anything that a caller who gave up would still believe.
+        """
+
+        def run() -> T:
+            return self._run(work)
+
+        try:
+            result = self._bounded(run)
+        except LedgerSupersededError:
+            self.up = True
+            raise
+        except LedgerError:
+            self.up = False
+            raise
+        except Exception as error:
+            self.up = False
+            raise self._explained(error) from error
+        self.up = True
+        return result
+
+    def progress(self) -> None:
+        """Take note that the database answered; to be called now and then while many rows are read."""
+        if self._attempt.abandoned:
+            raise LedgerError(f"{self._name}: the transaction was given up before")
+        self._attempt.progressed = time.monotonic()
+
+    def _bounded(self, job: Callable[[], T]) -> T:
+        """Run `job` when it is its turn, and wait for it as long as the database answers."""
+        while not self._turn.acquire(timeout=self._patience(self._attempt)):
+            if self._gives_up(self._attempt):
+                raise LedgerError(self._silent)
+        attempt = self._attempt = _Attempt()
+        results, errors = list[T](), list[Exception]()
+
+        def run() -> None:
+            try:
+                results.append(job())
+            except Exception as error:  # noqa: BLE001 - raised below, in the thread of the caller
+                errors.append(error)
+            finally:
+                self._turn.release()
+                attempt.ended.set()
+
+        threading.Thread(target=run, name="ledger", daemon=True).start()
+        self._wait(attempt)
+        if not errors:
+            return results[0]
+        if attempt.committing and not isinstance(errors[0], LedgerError):
+            raise LedgerUncertainError(str(self._explained(errors[0]))) from errors[0]
+        raise errors[0]
+
+    def _wait(self, attempt: _Attempt) -> None:
+        """Wait for the end of `attempt` as long as the database answers; then raise LedgerError."""
+        while not attempt.ended.wait(self._patience(attempt)):
+            if self._gives_up(attempt):
+                raise LedgerUncertainError(self._silent) if attempt.committing else LedgerError(self._silent)
+
+    def _patience(self, attempt: _Attempt) -> float:
+        return max(attempt.progressed + self._deadline - time.monotonic(), 0.001)
+
+    def _gives_up(self, attempt: _Attempt) -> bool:
+        """Return whether `attempt` is given up, because its statement was not answered in time."""
+        with self._fence:
+            if not attempt.ended.is_set() and time.monotonic() >= attempt.progressed + self._deadline:
+                attempt.abandoned = True
+            return attempt.abandoned
+
+    def _run(self, work: Callable[[Connection], T]) -> T:
+        attempt = self._attempt
+        if self._path:
+            self._look_at_the_file(self._path)
+        engine = self._engine = self._engine or self._make_engine()
+        if not self._opened:
+            with engine.begin() as connection:
+                self._open(connection)
+            self._opened = True
+        with engine.begin() as connection:
+            result = work(connection)
+            with self._fence:
+                if attempt.abandoned:
+                    raise LedgerError(f"{self._name}: the transaction was given up before its end")
+                attempt.committing = True
+        return result
+
+    def _look_at_the_file(self, path: str) -> None:
+        if self._file is None:
+            if self._read_only and not os.path.exists(path):
+                raise LedgerMissingError(f"{self._name}: there is no ledger")
+            self._look_at_permissions(path, writing=not self._read_only)
+        elif _identity(path) != self._file:
+            raise LedgerError(
+                f"{self._name}: the file was deleted or replaced while the exporter ran, and nothing is counted; "
+                "move the same file back, or restart the exporter to go on with what is there now"
+            )
+
+    def _look_at_permissions(self, path: str, *, writing: bool) -> None:
+        if obstacle := _obstacle(path, writing=writing):
+            raise LedgerUnusableError(f"{self._name}: {obstacle}")
+
+    # Connections
 
     def _make_engine(self) -> sa.Engine:
-        if self._url.get_backend_name() == "sqlite":
-            url = self._url
-            if self._read_only and url.database:
-                # A file nobody has open is read as it lies: any other way of reading leaves files beside it.
-                idle = {} if os.path.exists(f"{url.database}-wal") else {"immutable": "1"}
-                url = url.set(database=f"file:{quote(url.database)}", query={"mode": "ro", "uri": "true", **idle})
-            # One connection: SQLite has one writer, and waiting for it in line is fair.
-            engine = sa.create_engine(
-                url,
-                poolclass=sa.QueuePool,
-                pool_size=1,
-                max_overflow=0,
-                pool_timeout=60,
-                connect_args={"timeout": 10, "check_same_thread": False},
-            )
-            sa.event.listen(engine, "connect", self._prepare_sqlite)
-            begin = "BEGIN" if self._read_only else "BEGIN IMMEDIATE"
-            sa.event.listen(engine, "begin", lambda connection: connection.exec_driver_sql(begin))
-            return engine
-        defaults = {
-            "connect_timeout": "5",
-            "tcp_user_timeout": "10000",
-            "application_name": "creatify-exporter",
-            "options": "-c statement_timeout=60s -c lock_timeout=30s -c synchronous_commit=on"
-            + (" -c default_transaction_read_only=on" if self._read_only else ""),
-        }
-        url = self._url.set(drivername="postgresql+psycopg")
-        return sa.create_engine(
-            url.update_query_dict({k: v for k, v in defaults.items() if k not in url.query}),
-            pool_pre_ping=True,
+        engine = self._make_sqlite() if self._is_sqlite else self._make_postgres()
+        for event in ("before_cursor_execute", "after_cursor_execute"):
+            sa.event.listen(engine, event, lambda *_: self.progress())
+        return engine
+
+    def _make_sqlite(self) -> sa.Engine:
+        url = self._url
+        if self._read_only and self._path:
+            # A file nobody has open is read as it lies: any other way of reading leaves files beside it.
+            idle = {} if os.path.exists(f"{self._path}-wal") else {"immutable": "1"}
+            url = url.set(database=f"file:{quote(self._path)}", query={"mode": "ro", "uri": "true", **idle})
+        engine = sa.create_engine(
+            url,
+            poolclass=sa.QueuePool,
+            pool_size=1,
+            max_overflow=0,
+            connect_args={"timeout": self._deadline * _SOONER, "check_same_thread": False},
         )
+        sa.event.listen(engine, "connect", self._prepare_sqlite)
+        begin = "BEGIN" if self._read_only else "BEGIN IMMEDIATE"
+        sa.event.listen(engine, "begin", lambda connection: connection.exec_driver_sql(begin))
+        return engine
 
     def _prepare_sqlite(self, connection: Any, _record: object) -> None:
         connection.isolation_level = None
         tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
         # Not even the header of somebody else's file is touched.
-        if not self._read_only and (not tables or version.name in tables):
+        if not self._read_only and (not tables or schema.version.name in tables):
             connection.execute("PRAGMA journal_mode=WAL")
             connection.execute("PRAGMA synchronous=FULL")
+        if self._path and not self._read_only:
+            self._file = _identity(self._path)
 
-    @contextmanager
-    def transaction(self) -> Iterator[Connection]:
-        """Run one transaction; raise LedgerError, with the URL but no password, when the database fails."""
-        if (
-            self._read_only
-            and self._url.get_backend_name() == "sqlite"
-            and not os.path.exists(self._url.database or "")
-        ):
-            raise LedgerMissingError(f"ledger {self._url}: there is no ledger")
+    def _make_postgres(self) -> sa.Engine:
+        milliseconds = int(self._deadline * _SOONER * 1000)
+        defaults = {
+            "connect_timeout": str(_CONNECT_TIMEOUT),
+            "tcp_user_timeout": str(int(self._deadline * 1000)),
+            "application_name": "creatify-exporter",
+            "options": f"-c statement_timeout={milliseconds} -c lock_timeout={milliseconds} -c synchronous_commit=on"
+            + (" -c default_transaction_read_only=on" if self._read_only else ""),
+        }
+        url = self._url.set(drivername="postgresql+psycopg")
         try:
-            if not self._opened:
-                self._open()
-            with self._engine.begin() as connection:
-                yield connection
-        except sa.exc.SQLAlchemyError as error:
-            self.up = False
-            raise self._explained(error) from error
-        except LedgerError:
-            self.up = False
-            raise
-        self.up = True
+            engine = sa.create_engine(
+                url.update_query_dict({k: v for k, v in defaults.items() if k not in url.query}),
+                pool_size=1,
+                max_overflow=0,
+                pool_pre_ping=True,
+            )
+        except ImportError as error:
+            raise LedgerUnusableError(
+                f'{self._name}: PostgreSQL needs its driver: pip install "creatify-exporter[postgres]"'
+            ) from error
+        sa.event.listen(engine, "do_connect", self._connect_postgres)
+        return engine
 
-    def _explained(self, error: sa.exc.SQLAlchemyError) -> LedgerError:
+    def _connect_postgres(self, _dialect: object, _record: object, arguments: Any, parameters: dict[str, Any]) -> Any:
+        from creatify_exporter import postgres
+
+        self._login = parameters
+        connection = postgres.connect(self._deadline * _SOONER, *arguments, **parameters)
+        encoding = connection.info.parameter_status("server_encoding")
+        if encoding != "UTF8":
+            connection.close()
+            raise LedgerUnusableError(
+                f"{self._name}: the database's encoding is {encoding}; make one with CREATE DATABASE ... ENCODING UTF8"
+            )
+        return connection
+
+    def _explained(self, error: Exception, refusal: str | None = None) -> LedgerError:
+        """Return what an error of the database means, by its code: its text may be in any language."""
         cause = getattr(error, "orig", None) or error
+        if isinstance(error, schema.SchemaError):
+            return LedgerUnusableError(f"{self._name}: {error}")
+        if not isinstance(error, sa.exc.SQLAlchemyError):  # its text may hold anything
+            return LedgerError(f"{self._name}: the transaction failed ({type(error).__name__})")
+        code = getattr(cause, "sqlite_errorname", None) or getattr(cause, "sqlstate", None) or refusal or ""
+        words = next((text for start, text in _WORDS.items() if code.startswith(start)), "")
         lines = str(cause).strip().splitlines() or [""]
-        text = f"ledger {self._url.render_as_string(hide_password=True)}: {lines[0]} ({type(cause).__name__})"
-        if self._url.get_backend_name() == "sqlite":
-            unusable = not re.search("locked|busy|full|QueuePool", str(cause))
-        else:
-            unusable = bool(re.search("authentication|does not exist|pg_hba|no password", str(cause)))
-        return LedgerUnusableError(text) if unusable else LedgerError(text)
+        text = f"{self._name}: {words}{': ' if words else ''}{lines[0]} ({code or type(cause).__name__})"
+        stays = bool(code) and not code.startswith(_SQLITE_PASSES) if self._is_sqlite else code[:2] in _POSTGRES_STAYS
+        return LedgerUnusableError(text) if stays else LedgerError(text)
+
+    # At the start
 
     def open(self) -> None:
-        """Connect, create the schema when there is none, and verify it.
+        """Connect, create or upgrade the tables, and find out whether they can be read and written.
 
         Raises LedgerUnusableError when it can never work, LedgerError when the database is down: then later
         transactions try again.
         """
-        with self.transaction() as connection:
-            for table in _metadata.sorted_tables:
-                connection.execute(sa.select(table).limit(1)).all()
-            if connection.dialect.name == "sqlite":
-                verdict = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar_one()
-                if verdict != "ok":
-                    raise LedgerUnusableError(f"ledger {self._url}: the file is corrupt")
+        self._explain_refusal(self._verify)
 
-    def _open(self) -> None:
-        with self._opening, self._engine.begin() as connection:
-            if connection.dialect.name == "postgresql":
-                # Two replicas that start at once must not create the schema twice.
-                connection.execute(sa.select(sa.func.pg_advisory_xact_lock(0x63726561)))
-            found = set(sa.inspect(connection).get_table_names())
-            name = self._url.render_as_string(hide_password=True)
-            if version.name in found:
-                versions = connection.scalars(sa.select(version.c.version)).all()
-                if versions != [SCHEMA_VERSION]:
-                    raise LedgerUnusableError(
-                        f"ledger {name}: its schema version is {versions}, this exporter needs [{SCHEMA_VERSION}]; "
-                        "use the exporter version that wrote it, or another ledger.url"
-                    )
-            elif found and (connection.dialect.name == "sqlite" or found & _metadata.tables.keys()):
-                raise LedgerUnusableError(f"ledger {name}: the database holds tables that are not a ledger's")
-            elif self._read_only:
-                raise LedgerMissingError(f"ledger {name}: there is no ledger")
-            else:
-                _metadata.create_all(connection)
-                connection.execute(sa.insert(version).values(version=SCHEMA_VERSION))
-            self._opened = True
+    def check(self) -> None:
+        """Find out what `open` would say, without writing or creating anything.
+
+        Raises LedgerUnusableError where a start would stop, LedgerError when the database is down.
+        """
+        if self._path:
+            self._look_at_permissions(self._path, writing=not self._read_only)
+        if self._is_sqlite and not (self._path and os.path.exists(self._path)):
+            return
+        probe = Database(self._url.render_as_string(hide_password=False), read_only=True, deadline=self._deadline)
+        probe._opened = True  # an older schema is fine, and no schema is as well
+        try:
+            probe._explain_refusal(self._compare)
+        finally:
+            probe.close()
+
+    def _explain_refusal(self, work: Callable[[Connection], None]) -> None:
+        """Run a transaction; when it fails because of a refused login, raise LedgerUnusableError."""
+        try:
+            self.transact(work)
+        except LedgerUnusableError:
+            raise
+        except LedgerError as error:
+            cause = error.__cause__
+            raise self._bounded(lambda: self._refusal(cause)) or error from cause
+
+    def _refusal(self, error: BaseException | None) -> LedgerError | None:
+        if not self._login or not isinstance(error, sa.exc.DBAPIError) or getattr(error.orig, "sqlstate", None):
+            return None
+        from creatify_exporter import postgres
+
+        return self._explained(error, postgres.refusal(self._deadline * _SOONER, self._login))
+
+    def _compare(self, connection: Connection) -> None:
+        found = schema.found_version(connection)
+        if found == schema.SCHEMA_VERSION:
+            schema.try_reading(connection)
+        if connection.dialect.name == "sqlite":
+            _look_for_corruption(connection)
+        elif found is None and not schema.may_create(connection):
+            raise schema.SchemaError("no permission to create tables")
+        elif found is not None and not schema.may_write(connection):
+            raise schema.SchemaError("no permission to write to the tables")
+
+    def _open(self, connection: Connection) -> None:
+        if not self._read_only:
+            schema.lock(connection)
+        found = schema.found_version(connection)
+        if self._read_only:
+            if found is None:
+                raise LedgerMissingError(f"{self._name}: there is no ledger")
+            if found != schema.SCHEMA_VERSION:
+                raise schema.SchemaError(f"its schema version is {found}; the exporter upgrades it when it starts")
+        elif found is None:
+            schema.create(connection)
+        elif found != schema.SCHEMA_VERSION:
+            schema.upgrade(connection, found)
+
+    def _verify(self, connection: Connection) -> None:
+        schema.try_reading(connection)
+        if not self._read_only:
+            schema.try_writing(connection)
+        if self._is_sqlite:
+            _look_for_corruption(connection)
 
     def ping(self) -> None:
         """Find out whether the ledger can be written to, for `up`."""
-        with suppress(LedgerError), self.transaction() as connection:
-            connection.execute(sa.update(version).values(version=SCHEMA_VERSION))
+        same = sa.update(schema.version).values(version=schema.version.c.version)
+        with suppress(LedgerError):
+            self.transact(lambda connection: connection.execute(same).rowcount)
 
     def close(self) -> None:
-        """Close the connections."""
-        self._engine.dispose()
+        """Close the connections, unless the database does not answer."""
+        engine = self._engine
+        if engine:
+            with suppress(LedgerError):
+                self._bounded(engine.dispose)
+
+
+def _printable(url: sa.URL) -> str:
+    """Return the URL without a secret: passwords may be in the query as well, under several names."""
+    shown = {name: value for name, value in url.query.items() if name in ("host", "port")}
+    return url.set(query=shown).render_as_string(hide_password=True)
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    """Return what tells a file from another one of the same name, None when there is none."""
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _obstacle(path: str, *, writing: bool) -> str | None:
+    """Return why a SQLite file cannot be used, as far as the file system tells."""
+    directory = os.path.dirname(os.path.abspath(path))
+    if os.path.isdir(path):
+        return "this is a directory, not a file; name a file in ledger.url"
+    if not os.path.isdir(directory):
+        return f"the directory {directory} does not exist, or may not be entered"
+    if os.path.exists(path) and not os.access(path, os.R_OK):
+        return "no permission to read the file"
+    if writing and os.path.exists(path) and not os.access(path, os.W_OK):
+        return "no permission to write to the file"
+    if writing and not os.access(directory, os.W_OK | os.X_OK):
+        return f"no permission to write to the directory {directory}"
+    return None
+
+
+def _look_for_corruption(connection: Connection) -> None:
+    if connection.exec_driver_sql("PRAGMA quick_check(1)").scalar_one() != "ok":
+        raise schema.SchemaError("the file is corrupt")

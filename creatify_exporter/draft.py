@@ -1,7 +1,7 @@
 """What one listing would change in the ledger, in few bytes a task."""
 
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import msgspec
 
@@ -53,14 +53,27 @@ class Change(msgspec.Struct, gc=False):
     created: int | None
     duration: int | None
 
+    @property
+    def finished(self) -> str | None:
+        """The status if it is an end, done or failed."""
+        return self.status if self.status in FINISHED else None
+
 
 class Draft:
-    """What one listing would change in the ledger; nothing is written before `Book.commit`."""
+    """What one listing would change in the ledger; nothing is written before `Book.commit`.
+
+    `ask` finds the tasks to ask for by id, given the draft, the most it may return, and the time.
+    """
 
     _ABSENT = -(2**63)
 
-    def __init__(self, known: Known) -> None:
+    def __init__(self, known: Known, ask: "Callable[[Draft, int, int], list[str]] | None" = None) -> None:
         self.known = known
+        self.answers: dict[str, Change | None] = {}
+        """What the API said of tasks asked for by id; None: it has no such task."""
+        self.unanswered: list[str] = []
+        """The tasks asked for in vain."""
+        self._ask = ask
         self._seen = bytearray(len(known.states))
         # The tasks that are news, by column: as whole objects a million would take three times the memory.
         self._news: dict[str, int] = {}
@@ -111,11 +124,36 @@ class Draft:
                 )
             yield chunk
 
-    def left(self) -> list[str]:
-        """Return the ids that were listed before and are not now."""
+    def missing(self, limit: int, now: int) -> list[str]:
+        """Return up to `limit` ids to ask for now that the listing is read, longest missing first.
+
+        They are known, unfinished and not in this listing, and were not asked for a while ago. Never raises
+        LedgerError: while the ledger does not answer there is nothing to ask for.
+        """
+        return self._ask(self, limit, now) if self._ask and limit > 0 else []
+
+    def settle(self, task: Task) -> None:
+        """Take in a task that was read by its id; unless it is at its end, it is asked for again later."""
+        self.answers[task.id] = Change(task.id, task.model, task.status, task.reason, task.credits, *task.times())
+
+    def gone(self, task_id: str) -> None:
+        """Take note that the API has no such task: it is not asked for again."""
+        self.answers[task_id] = None
+
+    def postpone(self, task_id: str) -> None:
+        """Take note that a task could not be read by its id: it is asked for again later, at growing intervals."""
+        self.unanswered.append(task_id)
+
+    def left(self, *, unfinished: bool = False) -> list[str]:
+        """Return the ids that were listed before and are not now, all or only those of unfinished tasks."""
         if self._seen.count(1) == len(self.known.slots):
             return []
-        return [task_id for task_id, slot in self.known.slots.items() if not self._seen[slot]]
+        states, seen = self.known.states, self._seen
+        return [
+            task_id
+            for task_id, slot in self.known.slots.items()
+            if not seen[slot] and not (unfinished and states[slot] & 1)
+        ]
 
     def committed(self, left: Iterable[str], states: "array[int]") -> None:
         """Remember what the ledger holds from now on; `states` are those of the changes, in their order."""

@@ -13,11 +13,11 @@ from prometheus_client.registry import Collector
 from prometheus_client.samples import Exemplar
 from prometheus_client.utils import floatToGoString
 
-from creatify_exporter.ledger import BUCKETS, Key, Totals
+from creatify_exporter.ledger import BOUNDS, Key, Totals, bucket_label
 from creatify_exporter.listing import Listing
 from creatify_exporter.tasks import NANO, SECOND
 
-_BOUNDS = [floatToGoString(bound) for bound in (*BUCKETS, float("inf"))]
+_BOUNDS = [floatToGoString(bound) for bound in BOUNDS]
 
 
 class Metric(NamedTuple):
@@ -258,7 +258,7 @@ def _add_totals(samples: _Samples, name: str, totals: Totals) -> None:
         elif key.metric == "credits":
             samples.add("creatify_text_generator_credits_used_total", (name, key.model), value / NANO)
         elif key.metric == "duration":
-            counts = [shown[Key(key.model, "bucket", f"{key.label}/{n}")] for n in range(len(_BOUNDS))]
+            counts = [shown[Key(key.model, "bucket", bucket_label(key.label, bound))] for bound in BOUNDS]
             labels = (name, key.model, key.label)
             samples.add_histogram("creatify_text_generator_task_duration_seconds", labels, counts, value / SECOND)
 
