@@ -1,12 +1,12 @@
 """Listings for the tests of the counting: plain values in, drafts out."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
 from creatify_exporter.ledger import Book, Policy
 from creatify_exporter.listing import Listing
-from creatify_exporter.tasks import Record, TaskReader
+from creatify_exporter.tasks import Record, Task, TaskReader
 
 SECOND = 1_000_000
 START = 1_760_000_000 * SECOND
@@ -40,12 +40,48 @@ def classify(text: object) -> str:
     return text if isinstance(text, str) and text else "other"
 
 
-def commit(book: Book, records: Iterable[Record], *, at: int = 0, policy: Policy = POLICY) -> Listing:
-    """Commit one listing at START + `at` microseconds, and return its sums."""
+def read_task(one: Record) -> Task:
+    """Return the task of one record."""
+    return TaskReader(classify)([one])[0]
+
+
+def commit(
+    book: Book, records: Iterable[Record], *, at: int = 0, policy: Policy = POLICY, date: int | None = None
+) -> Listing:
+    """Commit one listing at START + `at` microseconds, and return its sums.
+
+    `date` is what the API's clock says, in microseconds since START.
+    """
+    return commit_asking(book, records, {}, at=at, policy=policy, date=date, settle=0)[0]
+
+
+def commit_asking(
+    book: Book,
+    records: Iterable[Record],
+    by_id: Mapping[str, Record | None],
+    *,
+    at: int = 0,
+    policy: Policy = POLICY,
+    date: int | None = None,
+    settle: int = 10,
+) -> tuple[Listing, list[str]]:
+    """Commit one listing, and return its sums and the ids of the tasks that were asked for.
+
+    Asked for by its id each task is what `by_id` says: a record, None when the API has no such task, and when it is
+    not there the API does not answer.
+    """
     draft, listing, read = book.draft(), Listing(), TaskReader(classify)
     listing.add(draft.add(read(records)))
-    book.commit(draft, listing.models, policy, START + at)
-    return listing
+    asked = draft.missing(settle, START + at)
+    for task_id in asked:
+        if task_id not in by_id:
+            draft.postpone(task_id)
+        elif one := by_id[task_id]:
+            draft.settle(read_task(one))
+        else:
+            draft.gone(task_id)
+    book.commit(draft, listing.models, policy, START + at, None if date is None else START + date)
+    return listing, asked
 
 
 def shown(book: Book, now: int | None = None) -> dict[tuple[str, str, str], int]:
