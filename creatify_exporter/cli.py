@@ -8,7 +8,7 @@ import os
 import platform
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,9 @@ from creatify_exporter.config import (
     parse_duration,
 )
 from creatify_exporter.database import LedgerError, LedgerMissingError, LedgerUnusableError
-from creatify_exporter.demo import CREDENTIALS, SimulatedApi, demo
+from creatify_exporter.demo import CREDENTIALS, SimulatedApi, demo, spike_times
 from creatify_exporter.ledger import Ledger
-from creatify_exporter.reload import Reloader
+from creatify_exporter.reload import Configuration, Reloader, Source
 from creatify_exporter.server import WebServer, parse_listen_address
 from creatify_exporter.service import Service
 from creatify_exporter.web import application, parse_telemetry_path
@@ -65,7 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(flags: argparse.Namespace, load_config: Callable[[], Config], stack: contextlib.ExitStack) -> int:
     if flags.config_check:
         return _check(flags, load_config)
-    config, web_config = _load_both(load_config, flags)
+    source = Source(lambda former: _load_both(flags, load_config, former))
+    config, web_config, _ = source.read()
     if flags.reasons:
         report, complete = once.reasons(config)
         print(report, end="")
@@ -84,36 +85,40 @@ def _run(flags: argparse.Namespace, load_config: Callable[[], Config], stack: co
         answer, complete = asyncio.run(once.exposition(config, ledger, writes=flags.demo))
         sys.stdout.buffer.write(answer)
         return 0 if complete else 1
-    asyncio.run(_serve(flags, load_config, config, web_config, ledger))
+    asyncio.run(_serve(flags, source, config, web_config, ledger))
     return 0
 
 
 def _check(flags: argparse.Namespace, load_config: Callable[[], Config]) -> int:
-    """Print every error of both configurations."""
+    """Print every error of both configurations, and what a start would say of the ledger."""
     try:
-        _load_both(load_config, flags)
+        config = _load_both(flags, load_config).main
+        with contextlib.closing(Ledger(_ledger_url(flags, config))) as ledger:
+            ledger.check()
     except NoConfigurationError:
         raise
-    except ConfigError as error:
+    except (ConfigError, LedgerUnusableError) as error:
         print(error, file=sys.stderr)
         return 1
+    except LedgerError as error:
+        print(f"{error}\nthe exporter would start all the same, and try on", file=sys.stderr)
     print("the configuration is valid")
     return 0
 
 
 async def _serve(
-    flags: argparse.Namespace, load_config: Callable[[], Config], config: Config, web_config: WebConfig, ledger: Ledger
+    flags: argparse.Namespace, source: Source, config: Config, web_config: WebConfig, ledger: Ledger
 ) -> None:
     service = Service(config, ledger)
     authentication = Authentication(web_config.users)
     site = _Site(service, flags)
     app = application(site, authentication, flags.web_scrape_timeout_offset)
     server = WebServer(app, flags.web_listen_address, web_config.tls)
-    reloader = Reloader(lambda: _load_both(load_config, flags, config), service, authentication, server)
+    reloader = Reloader(source, config, service, authentication, server.replace)
     site.reload = reloader.reload
     stop, loop, running = asyncio.Event(), asyncio.get_running_loop(), set[asyncio.Task[Any]]()
 
-    def start(work: Any) -> None:
+    def start(work: Coroutine[Any, Any, Any]) -> None:
         task = loop.create_task(work)
         running.add(task)
         task.add_done_callback(running.discard)
@@ -124,8 +129,11 @@ async def _serve(
     await server.start()
     _log.info("listening", url=f"{server.url.rstrip('/')}{flags.web_telemetry_path}", version=__version__)
     if flags.demo:
+        _log.info("the demo has a failure spike soon", **spike_times())
         # The first listing is the baseline: after this one a visitor sees counters in motion.
         start(service.scrape(None, config.api.timeout, openmetrics=False))
+    if flags.config_auto_reload_interval:
+        start(reloader.watch(flags.config_auto_reload_interval))
     await stop.wait()
     service.stop()
     await server.stop(_GRACE)
@@ -165,27 +173,32 @@ def _ledger_url(flags: argparse.Namespace, config: Config) -> str:
 
 
 def _load_both(
-    load_config: Callable[[], Config], flags: argparse.Namespace, former: Config | None = None
-) -> tuple[Config, WebConfig]:
+    flags: argparse.Namespace, load_config: Callable[[], Config], former: Config | None = None
+) -> Configuration:
     """Return both configurations, a new one beside the `former` in force; raise ConfigError with all errors of both."""
     errors: list[tuple[str, str]] = []
+    files = frozenset[Path]()
     config, web_config = former, WebConfig.model_validate({})
     try:
         config = load_config()
+        files |= config.files
         if former and config.ledger.url != former.ledger.url:
             errors.append(("ledger.url", "cannot change while the exporter runs; restart it"))
     except NoConfigurationError:
         raise
     except ConfigError as error:
         errors += error.errors
+        files |= error.files
     try:
         if flags.web_config_file:
             web_config = load_web(flags.web_config_file)
+            files |= web_config.files
     except ConfigError as error:
         errors += error.errors
+        files |= error.files
     if errors or config is None:
-        raise ConfigError(errors)
-    return config, web_config
+        raise ConfigError(errors, files)
+    return Configuration(config, web_config, files)
 
 
 def _set_up_logging(level: str, log_format: str) -> None:
@@ -232,6 +245,13 @@ def _parser() -> argparse.ArgumentParser:
 
     flag("--config.file", "configuration file (YAML)", type=Path, metavar="FILE")
     flag("--config.check", "validate the configuration, print every error, and exit", action="store_true")
+    setting(
+        "--config.auto-reload-interval",
+        "30s",
+        "how often to look for changed files; 0s: never",
+        parse_duration,
+        metavar="DURATION",
+    )
     setting("--web.listen-address", ":9877", "address to serve on", parse_listen_address, metavar="ADDRESS")
     setting("--web.telemetry-path", "/metrics", "path of the metrics", parse_telemetry_path, metavar="PATH")
     flag("--web.config.file", "TLS and users, in the exporter toolkit's format", type=Path, metavar="FILE")

@@ -353,3 +353,9 @@ def demo(clock: Callable[[], float] = time.time) -> SimulatedApi:
     spikes = [Spike(hour + SPIKE.begin, hour + SPIKE.end, SPIKE.model, SPIKE.ratio) for hour in hours]
     simulation = Simulation(13, start, rate=4.0, history=300, window=150, deleted_share=0.02, spikes=spikes)
     return SimulatedApi({CREDENTIALS: simulation}, clock)
+
+
+def spike_times(clock: Callable[[], float] = time.time) -> dict[str, str]:
+    """Return what to tell of the next failure spike of a demo that starts now: model and local times."""
+    begin, end = (datetime.fromtimestamp(clock() + seconds).astimezone() for seconds in (SPIKE.begin, SPIKE.end))
+    return {"model": str(SPIKE.model), "begins": f"{begin:%H:%M:%S}", "ends": f"{end:%H:%M:%S}"}

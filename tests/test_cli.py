@@ -27,8 +27,9 @@ from tests.support.simulation import SimulatedApi, Simulation
 
 NOW = 1_760_000_000.0
 FLAGS = {
-    "--config.file", "--config.check", "--web.listen-address", "--web.telemetry-path", "--web.config.file",
-    "--web.enable-lifecycle", "--web.scrape-timeout-offset", "--log.level", "--log.format", "--version", "--once",
+    "--config.file", "--config.check", "--config.auto-reload-interval", "--web.listen-address",
+    "--web.telemetry-path", "--web.config.file", "--web.enable-lifecycle", "--web.scrape-timeout-offset",
+    "--log.level", "--log.format", "--version", "--once",
     "--reasons", "--demo", "--help",
 }  # fmt: skip
 
