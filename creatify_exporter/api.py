@@ -1,53 +1,54 @@
-"""The Creatify API: streams the tasks of one workspace; every failure is an ApiError with a cause."""
+"""The Creatify API: streams the tasks of one workspace, reads one task or the balance.
 
-import functools
+Every failure is an ApiError with a cause:
+
+    auth          401, 403                       connection    name, refused, reset, closed, TLS, proxy
+    rate_limited  429                            payload       cut short, not JSON, not what was asked for
+    http          any other status but 200       too_large     over max_response_size
+    timeout       not all there in time          ledger        (of the ledger, not raised here)
+"""
+
+import gzip
 import http.client
+import io
 import json
-import logging
 import math
-import os
 import re
-import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
-from contextlib import closing, contextmanager, suppress
-from contextvars import ContextVar
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC
 from email.utils import parsedate_to_datetime
-from http.cookiejar import DefaultCookiePolicy
-from typing import Any
-from urllib.parse import urldefrag, urljoin, urlsplit
-
-import requests
-import urllib3
-from requests.adapters import HTTPAdapter
-from requests.utils import DEFAULT_CA_BUNDLE_PATH
-from urllib3.connection import HTTPConnection, HTTPSConnection
+from itertools import chain
+from pathlib import Path
+from urllib.parse import quote, urldefrag, urljoin, urlsplit
 
 from creatify_exporter import __version__
 from creatify_exporter.stream import MalformedBodyError, Page
 from creatify_exporter.tasks import Record
+from creatify_exporter.transport import AbortedError, Call, ProxyError
 
 CAUSES = ("auth", "rate_limited", "http", "timeout", "connection", "payload", "too_large", "ledger")
 
-_CONNECT_TIMEOUT = 10.0
+_LIST_PATH = "/sse/text_generator/"
+_BALANCE_PATH = "/api/remaining_credits/"
 _BALANCE_TIMEOUT = 10.0
 _MAX_BALANCE_SIZE = 64 * 1024
+_MAX_TASK_SIZE = 64 * 1024 * 1024
 _READ_SIZE = 256 * 1024
 _DECIMAL = re.compile(r"[+-]?[0-9]{1,40}(\.[0-9]{0,40})?", re.ASCII)
 _PLAIN_HOST = re.compile(r"[A-Za-z0-9.:_-]{1,100}", re.ASCII)
-_LIBRARY_ERRORS = (urllib3.exceptions.HTTPError, http.client.HTTPException, OSError, ValueError)
-
-# Its warnings quote what a server sent.
-logging.getLogger("urllib3").setLevel(logging.CRITICAL)
+_PLAIN_TYPE = re.compile(r"[a-z0-9.+-]{1,40}/[a-z0-9.+-]{1,60}", re.ASCII)
 
 
 class ApiError(Exception):
     """Tell why the API could not be read.
 
     `cause` is one of CAUSES, `status` the HTTP status if there was one, `retry_after` seconds from now as the server
-    asked for with 429 or 503. The text holds no credential, no URL but scheme and host, and nothing from a body.
+    asked for with 429 or 503. The text holds no credential, no URL but scheme, host and port, and nothing from a body.
     """
 
     def __init__(
@@ -60,10 +61,11 @@ class ApiError(Exception):
 
 
 class Client:
-    """Read the listing and the balance of one workspace, each at most once at a time, also in two threads at once.
+    """Read one workspace: a listing and then some of its tasks in one thread, the balance in another.
 
-    `timeout` is in seconds for a whole listing, `max_response_size` in bytes after decompression; `on_request` is told
-    the endpoint and the HTTP status (or "error") of each request sent.
+    `timeout` is in seconds for a whole listing with its tasks, `max_response_size` in bytes after decompression;
+    `on_request` is told the endpoint and the HTTP status (or "error") of each request sent. Raises OSError if
+    `ca_file` cannot be read.
     """
 
     def __init__(
@@ -80,287 +82,244 @@ class Client:
         self._base_url = base_url.rstrip("/")
         self._timeout = timeout
         self._max_response_size = max_response_size
+        self._authorities = Path(ca_file).read_text("ascii", "ignore") if ca_file else ""
         self._on_request = on_request
-        self._calls: set[_Call] = set()
-        self._session = _session(api_id, api_key, ca_file)
+        self._headers = {
+            "X-API-ID": api_id,
+            "X-API-KEY": api_key,
+            "User-Agent": f"creatify-exporter/{__version__}",
+            "Accept": "application/json",
+            "Accept-Encoding": "gzip",
+        }
+        self._lock = threading.Lock()
+        self._calls: set[Call] = set()
+        self._listing: Call | None = None
 
     def tasks(self) -> "TaskStream":
         """Return a fresh stream over the records of all pages; nothing is sent before it is iterated."""
-        return TaskStream(self._pages)
+        return TaskStream(self._pages, self._max_response_size)
+
+    def task(self, task_id: str) -> Record | None:
+        """Return one task by its id, None if the API does not know it; raise ApiError.
+
+        Runs on the connection of the newest listing and within what is left of its time.
+        """
+        url = f"{self._base_url}{_LIST_PATH}{quote(task_id, safe='')}/"
+        meter = _Meter("the task", min(self._max_response_size, _MAX_TASK_SIZE))
+        with self._working(self._listing or Call(self._timeout)) as call:
+            try:
+                answer = self._get(call, "text_generator_task", url, meter)
+            except ApiError as error:
+                if error.status == http.HTTPStatus.NOT_FOUND:
+                    return None
+                raise
+            with answer.reading() as pieces:
+                records = list(chain.from_iterable(Page(chain([b"["], pieces, [b"]"]))))
+            if len(records) != 1 or records[0] is None or records[0].id != task_id:
+                raise answer.payload("the answer is not the task that was asked for")
+            return records[0]
 
     def remaining_credits(self) -> float:
         """Return the workspace's balance; raise ApiError."""
-        body = bytearray()
-        url = self._base_url + "/api/remaining_credits/"
-        with (
-            self._call(min(self._timeout, _BALANCE_TIMEOUT)) as call,
-            closing(self._body(call, "remaining_credits", url)) as chunks,
-        ):
-            for chunk in chunks:
-                body += chunk
-                if len(body) > _MAX_BALANCE_SIZE:
-                    raise ApiError("payload", "the answer is too long for a balance")
-        return _balance(body)
+        url, meter = self._base_url + _BALANCE_PATH, _Meter("the balance", _MAX_BALANCE_SIZE)
+        with self._working(Call(min(self._timeout, _BALANCE_TIMEOUT))) as call:
+            answer = self._get(call, "remaining_credits", url, meter)
+            with answer.reading() as pieces:
+                balance = _balance(b"".join(pieces))
+            if balance is None:
+                raise answer.payload("the balance is no JSON object with a number remaining_credits")
+            return balance
 
     def abort(self) -> None:
-        """Break off what is running; it fails with cause "connection"."""
-        for call in list(self._calls):
-            call.break_off("connection")
+        """Break off what is running; it fails with cause "connection". For any thread."""
+        with self._lock:
+            calls = list(self._calls)
+        for call in calls:
+            call.abort()
 
     def close(self) -> None:
-        """Close the idle connections."""
-        self._session.close()
+        """Close the connection that the newest listing left open; one that is running closes its own."""
+        with self._lock:
+            call, self._listing = self._listing, None
+            running = call in self._calls
+        if call and not running:
+            call.close()
+
+    @contextmanager
+    def _working(self, call: Call) -> Iterator[Call]:
+        """Let `abort` reach the call; close its connection if nobody will use it again."""
+        with self._lock:
+            self._calls.add(call)
+        try:
+            yield call
+        except BaseException:
+            call.close()
+            raise
+        finally:
+            with self._lock:
+                self._calls.discard(call)
+                kept = self._listing is call
+            if not kept:
+                call.close()
 
     def _pages(self, stream: "TaskStream") -> Iterator[list[Record | None]]:
-        url: str | None = self._base_url + "/sse/text_generator/"
-        seen = set()
-        with self._call(self._timeout) as call:
+        self.close()
+        call = self._listing = Call(self._timeout)
+        url: str | None = self._base_url + _LIST_PATH
+        seen: set[str] = set()
+        with self._working(call):
             while url:
+                answer = self._get(call, "text_generator", url, stream.meter)
+                if not seen:
+                    stream.date = _epoch(answer.date)
                 seen.add(url)
-                with closing(self._body(call, "text_generator", url)) as chunks:
-                    counted = self._counted(chunks, stream)
-                    page = Page(counted)
-                    try:
-                        yield from page
-                    except MalformedBodyError as error:
-                        _read_on(counted)
-                        raise ApiError("payload", f"the list is malformed: {error}") from None
+                with answer.reading() as pieces:
+                    page = Page(pieces)
+                    yield from page
                 url = page.next and _next_url(url, page.next)
                 if url in seen:
                     raise ApiError("payload", "the list links to a page that was read already")
 
-    def _counted(self, chunks: Iterator[bytes], stream: "TaskStream") -> Iterator[bytes]:
-        for chunk in chunks:
-            stream.size += len(chunk)
-            if stream.size > self._max_response_size:
-                raise ApiError("too_large", f"the list is larger than {self._max_response_size} bytes")
-            yield chunk
-
-    @contextmanager
-    def _call(self, seconds: float) -> "Iterator[_Call]":
-        call = _Call(seconds)
-        self._calls.add(call)
+    def _get(self, call: Call, endpoint: str, url: str, meter: "_Meter") -> "_Answer":
+        """Send one request; return the answer if it is a 200, else raise ApiError."""
+        with _explained(call):
+            call.left()
+        code = "error"
         try:
-            yield call
+            with _explained(call):
+                response = call.get(url, self._headers, self._authorities)
+            code = str(response.status)
         finally:
-            self._calls.discard(call)
-            call.end()
-
-    def _body(self, call: "_Call", endpoint: str, url: str) -> Generator[bytes, None, None]:
-        """Yield the decoded body of a 200, as it arrives; raise ApiError."""
-        response = self._get(call, endpoint, url)
-        try:
-            if response.status_code != 200:
-                raise _refusal(response)
-            # Of a gzip body too, no piece is longer than the given size.
-            for chunk in response.raw.stream(_READ_SIZE, decode_content=True):
-                call.check()
-                yield chunk
-            call.check()
-        except _LIBRARY_ERRORS as error:
-            raise call.failure() or _failure(error) from None
-        finally:
-            # A connection whose body was read to the end went back to the pool already; any other cannot be used again.
+            self._on_request(endpoint, code)
+        if response.status != http.HTTPStatus.OK:
             response.close()
-            call.watch(None)
+            call.close()
+            raise _refusal(url, response)
+        return _Answer(call, response, meter)
 
-    def _get(self, call: "_Call", endpoint: str, url: str) -> requests.Response:
-        """Send one request, and once more if a kept-alive connection turns out to be closed."""
-        may_repeat = True
-        while True:
-            call.check()
-            call.reused = False
-            code, left = "error", call.left()
-            token = _current_call.set(call)
-            try:
-                response = self._session.get(url, stream=True, timeout=(min(left, _CONNECT_TIMEOUT), left))
-                code = str(response.status_code)
-            except _LIBRARY_ERRORS as error:
-                closed = call.reused and any(isinstance(part, ConnectionError) for part in _related(error))
-                if call.failure() or not (closed and may_repeat):
-                    raise call.failure() or _failure(error) from None
-                may_repeat = False
-            else:
-                return response
-            finally:
-                _current_call.reset(token)
-                self._on_request(endpoint, code)
+
+class _Meter:
+    """How many decoded bytes of `what` there were so far, and may be."""
+
+    def __init__(self, what: str, limit: int) -> None:
+        self.what = what
+        self.size = 0
+        self._limit = limit
+
+    def add(self, size: int) -> None:
+        """Take note of so many more bytes; raise ApiError if that is too much."""
+        self.size += size
+        if self.size > self._limit:
+            raise ApiError("too_large", f"{self.what} is larger than {self._limit} bytes")
 
 
 class TaskStream:
     """Iterate once over a listing's batches of records, all pages in sequence; raise ApiError.
 
-    `size` is the number of decoded bytes so far.
+    `date` is the time of the first answer by the API's clock, in seconds since the epoch, or None.
     """
 
-    def __init__(self, pages: "Callable[[TaskStream], Iterator[list[Record | None]]]") -> None:
-        self.size = 0
+    def __init__(self, pages: "Callable[[TaskStream], Iterator[list[Record | None]]]", limit: int) -> None:
+        self.date: float | None = None
+        self.meter = _Meter("the list", limit)
         self._pages = pages
+
+    @property
+    def size(self) -> int:
+        """Return the number of decoded bytes so far."""
+        return self.meter.size
 
     def __iter__(self) -> Iterator[list[Record | None]]:
         return self._pages(self)
 
 
-class _Call:
-    """One listing or one look at the balance: its deadline, and its socket, to be broken off from outside.
+class _Answer:
+    """A 200 and its body."""
 
-    The timeouts of requests are per read; a server that drips bytes gets past them, and never past a shut socket.
-    Only looking up a host name and trying a second address of it cannot be broken off.
-    """
+    def __init__(self, call: Call, response: http.client.HTTPResponse, meter: _Meter) -> None:
+        self.date = response.headers.get("Date")
+        self._call = call
+        self._response = response
+        self._meter = meter
+        self._before = meter.size
 
-    def __init__(self, seconds: float) -> None:
-        self.reused = False
-        self._ends = time.monotonic() + seconds
-        self._broken: str | None = None
-        self._socket: socket.socket | None = None
-        self._timer = threading.Timer(seconds, self.break_off, ["timeout"])
-        self._timer.daemon = True
-        self._timer.start()
+    @contextmanager
+    def reading(self) -> Iterator[Iterator[bytes]]:
+        """Give the decoded body, as it arrives; turn what is wrong with it into ApiError."""
+        pieces = self._pieces()
+        try:
+            yield pieces
+        except MalformedBodyError as error:
+            self._read_on(pieces)
+            raise self.payload(f"{self._meter.what} is malformed: {error}") from None
+        finally:
+            complete = self._response.isclosed()
+            self._response.close()
+            if not complete:
+                self._call.close()
 
-    def left(self) -> float:
-        """Return the seconds left, at least a little above 0."""
-        return max(self._ends - time.monotonic(), 0.001)
+    def _read_on(self, pieces: Iterator[bytes]) -> None:
+        """Read the rest: a body that is too large is that in the first place, whatever it consists of."""
+        try:
+            for _ in pieces:
+                pass
+        except ApiError as error:
+            if error.cause == "too_large":
+                raise error from None
 
-    def watch(self, connection: socket.socket | None) -> None:
-        """Make `connection` the one to shut; raise TimeoutError if it comes too late."""
-        self._socket = connection
-        if connection and self._broken:
-            raise TimeoutError
+    def payload(self, text: str) -> ApiError:
+        """Say that the body is not what was asked for."""
+        kind = self._response.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+        size = self._meter.size - self._before
+        return ApiError(
+            "payload",
+            f"{text} (HTTP 200, content type {kind if _PLAIN_TYPE.fullmatch(kind) else 'unknown'}, {size} bytes)",
+        )
 
-    def break_off(self, cause: str) -> None:
-        """Shut the socket, so that whatever waits for it fails."""
-        self._broken = self._broken or cause
-        if connection := self._socket:
-            with suppress(OSError):
-                # Not SSLSocket's own method: that would pull the TLS state from under a read in the other thread.
-                socket.socket.shutdown(connection, socket.SHUT_RDWR)
+    def _pieces(self) -> Iterator[bytes]:
+        source = self._decoded()
+        while True:
+            with _explained(self._call):
+                piece = source.read(_READ_SIZE)
+                self._call.left()
+            if not piece:
+                break
+            self._meter.add(len(piece))
+            yield piece
+        if self._response.length:
+            raise ApiError("payload", "the body of the answer is cut short")
 
-    def failure(self) -> ApiError | None:
-        """Return why the call is over before its answer is, None if it is not."""
-        if self._broken == "timeout":
-            return ApiError("timeout", "the API did not answer completely in time")
-        return ApiError("connection", "the exporter broke off the request") if self._broken else None
-
-    def check(self) -> None:
-        """Raise ApiError if the call is over before its answer is."""
-        if failure := self.failure():
-            raise failure
-
-    def end(self) -> None:
-        """Stop the clock."""
-        self._timer.cancel()
-
-
-_current_call: ContextVar[_Call] = ContextVar("current_call")
-
-
-class _HTTPConnection(HTTPConnection):
-    """Show the current call each socket before it is used."""
-
-    _sock: socket.socket | None = None
-    _used = False
-
-    @property
-    def sock(self) -> socket.socket | None:
-        return self._sock
-
-    @sock.setter
-    def sock(self, value: socket.socket | None) -> None:
-        self._sock = value
-        if isinstance(value, socket.socket):
-            call = _current_call.get()
-            self._used = False
-            # The limit of a whole TLS handshake, during which nobody else can get at the socket.
-            value.settimeout(min(call.left(), _CONNECT_TIMEOUT))
-            call.watch(value)
-
-    def request(self, *args: Any, **kwargs: Any) -> None:
-        call = _current_call.get()
-        call.reused = self._used
-        if isinstance(self._sock, socket.socket):
-            call.watch(self._sock)
-        super().request(*args, **kwargs)
-        self._used = True
+    def _decoded(self) -> io.BufferedIOBase:
+        encoding = self._response.headers.get("Content-Encoding", "identity").strip().lower()
+        if encoding == "identity":
+            return self._response
+        if encoding == "gzip":
+            return gzip.GzipFile(fileobj=self._response)
+        raise ApiError("payload", "the body of the answer has an encoding that was not asked for")
 
 
-class _HTTPSConnection(_HTTPConnection, HTTPSConnection):
-    """The same with TLS."""
-
-
-class _Adapter(HTTPAdapter):
-    """Trust the usual authorities and those of `ca_file`, and make connections that can be broken off."""
-
-    def __init__(self, ca_file: str | None) -> None:
-        super().__init__()
-        self._tls = _tls_context(ca_file, os.stat(ca_file).st_mtime_ns if ca_file else 0)
-
-    def build_connection_pool_key_attributes(self, *args: Any, **kwargs: Any) -> Any:
-        host, pool = super().build_connection_pool_key_attributes(*args, **kwargs)
-        return host, {**pool, "ssl_context": self._tls}
-
-    def get_connection_with_tls_context(self, *args: Any, **kwargs: Any) -> Any:
-        pool: Any = super().get_connection_with_tls_context(*args, **kwargs)
-        pool.ConnectionCls = _HTTPSConnection if pool.scheme == "https" else _HTTPConnection
-        return pool
-
-    def proxy_manager_for(self, proxy: str, **kwargs: Any) -> Any:
-        return super().proxy_manager_for(proxy, proxy_ssl_context=self._tls, **kwargs)
-
-    def cert_verify(self, conn: Any, url: str, verify: Any, cert: Any) -> None:
-        """Leave all to the context; requests would load the usual authorities again for each connection."""
-
-
-@functools.lru_cache(maxsize=4)
-def _tls_context(ca_file: str | None, changed: int) -> ssl.SSLContext:
-    """Return one context for all workspaces, as authorities take time to load; `changed` is part of the key."""
-    context = ssl.create_default_context()
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.load_verify_locations(DEFAULT_CA_BUNDLE_PATH)
-    if ca_file:
-        context.load_verify_locations(ca_file)
-    return context
-
-
-class _Session(requests.Session):
-    """Follow no redirect: credentials must not travel, and requests would read the whole body of one first."""
-
-    def get_redirect_target(self, resp: requests.Response) -> None:
-        return None
-
-
-def _session(api_id: str, api_key: str, ca_file: str | None) -> requests.Session:
-    session = _Session()
-    session.headers = requests.structures.CaseInsensitiveDict({"X-API-ID": api_id, "X-API-KEY": api_key})
-    session.headers["User-Agent"] = f"creatify-exporter/{__version__}"
-    session.headers["Accept"] = "application/json"
-    session.headers["Accept-Encoding"] = "gzip"
-    session.auth = lambda request: request  # or requests would look into ~/.netrc
-    session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
-    adapter = _Adapter(ca_file)
-    session.mount("http://", adapter)
-    session.mount("https://", adapter)
-    return session
-
-
-def _refusal(response: requests.Response) -> ApiError:
+def _refusal(url: str, response: http.client.HTTPResponse) -> ApiError:
     """Say what an answer other than 200 means, by its status alone."""
-    status, wait = response.status_code, None
+    status, wait = response.status, None
     cause, text = "http", f"the API answered HTTP {status}"
     if status in (401, 403):
         cause, text = "auth", f"{text}: check api_id and api_key"
+    elif status == http.HTTPStatus.NOT_FOUND:
+        text = f"{text}: check api.base_url"
     elif 300 <= status < 400:
-        text += f", a redirect{_origin_text(response)}, which is not followed: set api.base_url to where the API is"
+        place = _origin_text(url, response.headers.get("Location", ""))
+        text = f"{text}, a redirect{place}, which is not followed: set api.base_url to where the API is"
     elif status in (429, 503):
         cause = "rate_limited" if status == 429 else "http"
         wait = _retry_after(response.headers.get("Retry-After"))
     return ApiError(cause, text, status=status, retry_after=wait)
 
 
-def _origin_text(response: requests.Response) -> str:
-    with suppress(ValueError, KeyError):
-        target = urlsplit(urljoin(response.url, response.headers["Location"]))
+def _origin_text(url: str, location: str) -> str:
+    with suppress(ValueError):
+        target = urlsplit(urljoin(url, location))
         host = f"{target.hostname}:{target.port}" if target.port else str(target.hostname)
-        if target.scheme in ("http", "https") and _PLAIN_HOST.fullmatch(host):
+        if location and target.scheme in ("http", "https") and _PLAIN_HOST.fullmatch(host):
             return f" to {target.scheme}://{host}"
     return ""
 
@@ -368,31 +327,26 @@ def _origin_text(response: requests.Response) -> str:
 def _retry_after(value: str | None) -> float | None:
     """Return the seconds from now that a Retry-After header means, None if it means nothing."""
     text = (value or "").strip()
+    if text[:1] != "-" and _DECIMAL.fullmatch(text):
+        return float(text)
+    moment = _epoch(text)
+    return None if moment is None else max(moment - time.time(), 0.0)
+
+
+def _epoch(date: str | None) -> float | None:
+    """Return an HTTP date in seconds since the epoch, None if it is not valid."""
     with suppress(ValueError, OverflowError, TypeError, IndexError):
-        if text[:1] != "-" and _DECIMAL.fullmatch(text):
-            return float(text)
-        return max(parsedate_to_datetime(text).timestamp() - time.time(), 0.0)
+        moment = parsedate_to_datetime(date or "")
+        return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
     return None
-
-
-def _read_on(chunks: Iterator[bytes]) -> None:
-    """Read the rest of a malformed body: one that is too large is that in the first place, whatever it consists of."""
-    try:
-        for _ in chunks:
-            pass
-    except ApiError as error:
-        if error.cause == "too_large":
-            raise error from None
 
 
 def _next_url(url: str, link: str) -> str:
     """Resolve a link to the next page; raise ApiError if it leads to another origin."""
-    try:
+    with suppress(ValueError):
         target = urldefrag(urljoin(url, link)).url
         if _origin(target) == _origin(url):
             return target
-    except ValueError:
-        pass
     raise ApiError("payload", "the list links to a page on another origin")
 
 
@@ -402,52 +356,42 @@ def _origin(url: str) -> tuple[str, str | None, int | None, bool]:
     return parts.scheme, parts.hostname, parts.port or default, "@" in parts.netloc
 
 
-def _balance(body: bytearray) -> float:
-    try:
-        answer = json.loads(body)
-        value = answer["remaining_credits"]
+def _balance(body: bytes) -> float | None:
+    with suppress(ValueError, TypeError, KeyError, OverflowError, RecursionError):
+        value = json.loads(body)["remaining_credits"]
         if isinstance(value, str) and _DECIMAL.fullmatch(value.strip()):
             value = float(value)
         if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
             return float(value)
-    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
-        pass
-    raise ApiError("payload", "the balance is no JSON object with a number remaining_credits")
+    return None
 
 
-_TIMEOUTS = (TimeoutError, requests.Timeout, urllib3.exceptions.ReadTimeoutError)
-_FAILURES: tuple[tuple[type[Exception] | tuple[type[Exception], ...], str, str], ...] = (
-    (_TIMEOUTS, "timeout", "the API did not answer in time"),
-    (urllib3.exceptions.DecodeError, "payload", "the body of the answer cannot be decompressed"),
-    (http.client.IncompleteRead, "payload", "the body of the answer is cut short"),
-    (urllib3.exceptions.ProxyError, "connection", "the proxy of the environment does not lead to the API"),
-)
+@contextmanager
+def _explained(call: Call) -> Iterator[None]:
+    """Turn what the libraries raise into ApiError, without their texts: these may quote URLs, headers and bodies."""
+    try:
+        yield
+    except (AbortedError, ProxyError, EOFError, zlib.error, http.client.HTTPException, OSError, ValueError) as error:
+        raise _failure(call, error) from None
 
 
-def _related(error: BaseException) -> Iterator[BaseException]:
-    """Yield an error and all those it was made of; libraries hide them in arguments and reasons."""
-    found, waiting = set(), [error]
-    while waiting:
-        error = waiting.pop()
-        if id(error) not in found:
-            found.add(id(error))
-            yield error
-            parts = (*error.args, getattr(error, "reason", None), error.__cause__)
-            waiting.extend(part for part in parts if isinstance(part, BaseException))
+def _failure(call: Call, error: Exception) -> ApiError:
+    if call.aborted:
+        return ApiError("connection", "the exporter broke off the request")
+    if isinstance(error, TimeoutError):
+        return ApiError("timeout", f"{call.peer or 'the API'} did not answer completely in time")
+    if isinstance(error, EOFError | zlib.error | gzip.BadGzipFile):
+        return ApiError("payload", "the body of the answer cannot be decompressed")
+    if isinstance(error, http.client.IncompleteRead):
+        return ApiError("payload", "the body of the answer is cut short")
+    if isinstance(error, ProxyError):
+        return ApiError("connection", f"the proxy of the environment {error}")
+    return ApiError("connection", f"the connection to {call.peer} failed: {_detail(error)}")
 
 
-def _failure(error: Exception) -> ApiError:
-    """Say what an exception of the libraries means, without its text: that may quote URLs, headers and bodies."""
-    parts = list(_related(error))
-    for kinds, cause, message in _FAILURES:
-        if any(isinstance(part, kinds) for part in parts):
-            return ApiError(cause, message)
-    if parts == [error] and isinstance(error, urllib3.exceptions.ProtocolError):
-        return ApiError("payload", "the body of the answer ends before its last chunk")
-    detail = type(parts[-1]).__name__
-    for part in parts:
-        if isinstance(part, ssl.SSLCertVerificationError):
-            detail = f"certificate not trusted, {part.verify_message}"
-        elif isinstance(part, OSError) and part.strerror:
-            detail = part.strerror
-    return ApiError("connection", f"the connection to the API failed: {detail}")
+def _detail(error: Exception) -> str:
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"certificate not trusted, {error.verify_message}"
+    if isinstance(error, http.client.RemoteDisconnected):
+        return "closed without an answer"
+    return error.strerror if isinstance(error, OSError) and error.strerror else type(error).__name__
