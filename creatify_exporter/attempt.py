@@ -66,6 +66,8 @@ class Attempt:
             error = failure
         except Exception as failure:  # noqa: BLE001 - whatever an answer sets off in our code fails its workspace only
             error = ApiError("payload", f"the list could not be read ({type(failure).__name__})")
+        finally:
+            self._client.close()
         finished, finished_at = self._clock.monotonic(), self._clock.now()
         ledger_error = None
         if self._still():
