@@ -59,8 +59,8 @@ class Record(msgspec.Struct, gc=False):
 class Task(msgspec.Struct, gc=False):
     """One listed task: clean values, but for the time stamps, which are read when somebody asks.
 
-    `reason` is None unless the task failed. `credits` are billionths, 0 when unknown. Nearly all tasks of a
-    listing are old acquaintances whose time stamps nobody needs; parsing them would be a third of the work.
+    `reason` is None unless the task failed. `credits` are billionths, 0 when unknown. Most tasks of a listing are
+    known and their time stamps are not needed; to parse them all would be a third of the work.
     """
 
     id: str
@@ -84,51 +84,64 @@ class Task(msgspec.Struct, gc=False):
 
 
 class TaskReader:
-    """Turn records into tasks; remember the models and credits met, for most records repeat them.
+    """Turn records into tasks; remember models and credits, which most records repeat.
 
-    The ids in `known` are usable, so they are not looked at again.
+    The ids in `known` are usable, so they are not looked at again. `ignored_credits` is the number of tasks so far
+    whose `credits_used` could not be used.
     """
 
     def __init__(self, classify: Callable[[object], str], known: Container[str] = ()) -> None:
+        self.ignored_credits = 0
         self._classify = classify
         self._known = known
         self._models: dict[str, str] = {}
         self._credits: dict[float, int] = {}
 
     def __call__(self, records: Iterable[Record | None]) -> list[Task]:
-        """Return the tasks of `records`, but for those that have no usable id (design section 7)."""
-        known, models, tasks = self._known, self._models, []
-        for record in records:
-            if record is None or type(record.id) is not str:
-                continue
-            if record.id not in known and not _ID.fullmatch(record.id):
-                continue
-            status, name = record.status, record.model_name
-            if type(status) is not str or status not in STATUSES:
-                status = UNKNOWN
-            model = models.get(name) if type(name) is str else UNKNOWN
-            if model is None:
-                model = model_of(name)
-                # Hostile names may be many and long: what is remembered stays small.
-                if len(name) <= MAX_MODEL_LENGTH and len(models) < _REMEMBERED:
-                    models[name] = model
-            credits_ = self._credits.get(record.credits_used) if type(record.credits_used) is float else None
-            if credits_ is None:
-                credits_ = nanocredits(record.credits_used)
-                if type(record.credits_used) is float and len(self._credits) < _REMEMBERED:
-                    self._credits[record.credits_used] = credits_
-            tasks.append(
-                Task(
-                    record.id,
-                    model,
-                    status,
-                    self._classify(record.failed_reason) if status == "failed" else None,
-                    credits_,
-                    record.created_at,
-                    record.updated_at,
-                )
-            )
-        return tasks
+        """Return the tasks of `records`, but for those whose id is not 1 to 64 characters of `A-Za-z0-9_-`."""
+        known = self._known
+        return [
+            self._task(record)
+            for record in records
+            if record is not None and type(record.id) is str and (record.id in known or _ID.fullmatch(record.id))
+        ]
+
+    def _task(self, record: Record) -> Task:
+        status = record.status
+        if type(status) is not str or status not in STATUSES:
+            status = UNKNOWN
+        return Task(
+            record.id,
+            self._model(record.model_name),
+            status,
+            self._classify(record.failed_reason) if status == "failed" else None,
+            self._nanocredits(record.credits_used),
+            record.created_at,
+            record.updated_at,
+        )
+
+    def _model(self, name: object) -> str:
+        if type(name) is not str:
+            return UNKNOWN
+        model = self._models.get(name)
+        if model is None:
+            model = model_of(name)
+            # Hostile names may be many and long: what is remembered stays small.
+            if len(name) <= MAX_MODEL_LENGTH and len(self._models) < _REMEMBERED:
+                self._models[name] = model
+        return model
+
+    def _nanocredits(self, value: object) -> int:
+        remembered = self._credits.get(value) if type(value) is float else None
+        if remembered is not None:
+            return remembered
+        nano = nanocredits(value)
+        if nano is None:
+            self.ignored_credits += value is not None and value != ""
+            return 0
+        if type(value) is float and len(self._credits) < _REMEMBERED:
+            self._credits[value] = nano
+        return nano
 
 
 def model_of(name: str) -> str:
@@ -136,16 +149,16 @@ def model_of(name: str) -> str:
     return _UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", name.strip()[:MAX_MODEL_LENGTH].rstrip()) or UNKNOWN
 
 
-def nanocredits(value: object) -> int:
-    """Return `credits_used` in billionths of a credit; 0 for what is no number from 0 to a million.
+def nanocredits(value: object) -> int | None:
+    """Return `credits_used` in billionths of a credit; None for what is no number from 0 to a million.
 
-    Plain decimal text is a number too. Source: design section 7.
+    Plain decimal text is a number too.
     """
     if type(value) is str and len(value) < 100 and _DECIMAL.fullmatch(value.strip()):
         value = Decimal(value.strip())
     elif type(value) is not float and type(value) is not int:
-        return 0
-    return round(value * NANO) if 0 <= value <= MAX_CREDITS else 0
+        return None
+    return round(value * NANO) if 0 <= value <= MAX_CREDITS else None
 
 
 def microseconds(stamp: object) -> int | None:

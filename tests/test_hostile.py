@@ -281,7 +281,12 @@ def test_a_refusal_with_a_time_is_heeded_for_listings_and_balance_apart(tmp_path
             eventually(recovered, 20, "all are asked again", every=0.2)
             assert api.listings("unsaid") == api.looks_at_balance("unsaid") == 1
             assert api.looks_at_balance("balance-unsaid") == 1
-            assert exporter.log().count("workspace=seconds") == 2
+            said = [line for line in exporter.log().splitlines() if "workspace=seconds" in line]
+            assert [line.partition("event=")[2].partition("workspace")[0].strip(' "') for line in said] == [
+                "listing failed",
+                "backing off",
+                "listing works again",
+            ]
 
 
 def test_a_workspace_that_hangs_delays_nobody_beyond_the_deadline(tmp_path: Path) -> None:

@@ -155,6 +155,7 @@ def test_a_label_is_trimmed_short_and_printable(name: str) -> None:
     ("value", "nano"),
     [
         (0, 0),
+        (-0.0, 0),
         (1, NANO),
         (0.1, 100_000_000),
         (0.3, 300_000_000),
@@ -182,13 +183,26 @@ def test_credits_are_whole_billionths(value: object, nano: int) -> None:
 @pytest.mark.parametrize(
     "value",
     [
-        None, True, False, -1, -0.5, -0.0, math.nan, math.inf, -math.inf, 1_000_000.000001, 1_000_001, 10**400,
+        None, True, False, -1, -0.5, math.nan, math.inf, -math.inf, 1_000_000.000001, 1_000_001, 10**400,
         -(10**400), "", " ", "-1", "+1", "1e3", "1e999", "NaN", "inf", "0x10", "1,5", "1_000", "1 0", "½", "٣", "1.2.3",
         ".", "1000001", "9" * 99, "9" * 10_000, "0" * 200, "lots", "\ud800", [], {}, [1], {"a": 1},
     ],
 )  # fmt: skip
-def test_credits_that_are_no_number_from_0_to_a_million_are_0(value: object) -> None:
-    assert nanocredits(value) == 0
+def test_credits_that_are_no_number_from_0_to_a_million_are_ignored_and_counted(value: object) -> None:
+    reader = TaskReader(classify)
+    (found,) = reader([Record(**{**GOOD, "credits_used": value})])
+    assert found.credits == 0
+    # Without a value there is nothing to ignore.
+    assert reader.ignored_credits == (0 if value in (None, "") else 1)
+
+
+def test_ignored_credits_are_counted_over_all_batches_and_only_of_tasks() -> None:
+    reader = TaskReader(classify)
+    for _ in range(2):
+        reader(
+            [Record(id="a", credits_used=-0.5), Record(id="b", credits_used=0.5), Record(id=7, credits_used=-1), None]
+        )
+    assert reader.ignored_credits == 2
 
 
 @given(st.integers(0, MAX_CREDITS * NANO))
@@ -200,7 +214,7 @@ def test_nine_decimals_are_exact_as_a_number_and_as_text(nano: int) -> None:
 
 @given(st.lists(st.integers(0, 10**7), max_size=50))
 def test_a_sum_of_hundredths_does_not_drift(hundredths: list[int]) -> None:
-    assert sum(nanocredits(one / 100) for one in hundredths) == sum(hundredths) * NANO // 100
+    assert sum(nanocredits(one / 100) or 0 for one in hundredths) == sum(hundredths) * NANO // 100
 
 
 @pytest.mark.parametrize(
