@@ -15,7 +15,10 @@ from creatify_exporter import schema
 
 T = TypeVar("T")
 
-_SOONER = 0.8  # of the deadline: what the database itself can end, it ends before we give up on it
+# Of the deadline: the more exactly somebody can tell what is wrong, the sooner he gives up.
+_LOCK = 0.6
+_STATEMENT = 0.7
+_CONNECTION = 0.85
 _CONNECT_TIMEOUT = 5
 
 # What a later listing may find cured; all else at the start is for somebody to look at.
@@ -219,7 +222,7 @@ class Database:
             poolclass=sa.QueuePool,
             pool_size=1,
             max_overflow=0,
-            connect_args={"timeout": self._deadline * _SOONER, "check_same_thread": False},
+            connect_args={"timeout": self._deadline * _LOCK, "check_same_thread": False},
         )
         sa.event.listen(engine, "connect", self._prepare_sqlite)
         begin = "BEGIN" if self._read_only else "BEGIN IMMEDIATE"
@@ -237,12 +240,12 @@ class Database:
             self._file = _identity(self._path)
 
     def _make_postgres(self) -> sa.Engine:
-        milliseconds = int(self._deadline * _SOONER * 1000)
+        statement, waiting = (int(self._deadline * part * 1000) for part in (_STATEMENT, _LOCK))
         defaults = {
             "connect_timeout": str(_CONNECT_TIMEOUT),
             "tcp_user_timeout": str(int(self._deadline * 1000)),
             "application_name": "creatify-exporter",
-            "options": f"-c statement_timeout={milliseconds} -c lock_timeout={milliseconds} -c synchronous_commit=on"
+            "options": f"-c statement_timeout={statement} -c lock_timeout={waiting} -c synchronous_commit=on"
             + (" -c default_transaction_read_only=on" if self._read_only else ""),
         }
         url = self._url.set(drivername="postgresql+psycopg")
@@ -264,7 +267,7 @@ class Database:
         from creatify_exporter import postgres
 
         self._login = parameters
-        connection = postgres.connect(self._deadline * _SOONER, *arguments, **parameters)
+        connection = postgres.connect(self._deadline * _CONNECTION, *arguments, **parameters)
         encoding = connection.info.parameter_status("server_encoding")
         if encoding != "UTF8":
             connection.close()
@@ -328,7 +331,7 @@ class Database:
             return None
         from creatify_exporter import postgres
 
-        return self._explained(error, postgres.refusal(self._deadline * _SOONER, self._login))
+        return self._explained(error, postgres.refusal(self._deadline * _CONNECTION, self._login))
 
     def _compare(self, connection: Connection) -> None:
         found = schema.found_version(connection)

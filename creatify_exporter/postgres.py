@@ -28,12 +28,16 @@ class Connection(psycopg.Connection[tuple[Any, ...]]):
 
     def wait(self, gen: PQGen[T], interval: float = 0.1, timeout: float | None = None) -> T:
         """Wait for the server, as psycopg does, but not longer than `patience`."""
+        started = time.monotonic()
         try:
             return super().wait(gen, interval, self.patience if timeout is None else min(timeout, self.patience))
         except psycopg.OperationalError as error:
-            if error.sqlstate is None:  # nothing that the server said: what it did with the statement is unknown
-                self.close()
-            raise
+            if error.sqlstate is not None:
+                raise
+            self.close()  # nothing that the server said: what it did with the statement is unknown
+            if time.monotonic() - started < self.patience:
+                raise
+            raise psycopg.OperationalError(f"no answer from the server within {self.patience:g} s") from error
 
 
 def connect(patience: float, *arguments: Any, **parameters: Any) -> Connection:

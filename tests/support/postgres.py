@@ -4,9 +4,13 @@ import os
 import pwd
 import shutil
 import signal
+import socket
+import struct
 import subprocess
 import tempfile
+import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from typing import Self
@@ -80,11 +84,12 @@ class Postgres(Daemon):
         """Return the URL of a database over loopback."""
         return f"postgresql://{USER}:{password}@127.0.0.1:{self.port}/{database}"
 
-    def create_database(self, name: str | None = None) -> str:
+    def create_database(self, name: str | None = None, *, encoding: str = "UTF8") -> str:
         """Create a database, by default one with a new name; return its URL."""
         name = name or f"ledger_{next(self._names)}"
+        statement = sql.SQL("CREATE DATABASE {} ENCODING {} TEMPLATE template0")
         with self._connect() as connection:
-            connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
+            connection.execute(statement.format(sql.Identifier(name), sql.Literal(encoding)))
         return self.url(name)
 
     def drop_database(self, name: str) -> None:
@@ -115,3 +120,106 @@ class Postgres(Daemon):
     def __exit__(self, *_: object) -> None:
         super().__exit__()
         shutil.rmtree(self.root)
+
+
+class Proxy:
+    """A TCP proxy on loopback that can go silent: everything is acknowledged, and nothing gets through.
+
+    `silence` may concern the answers alone: then what was asked still happens. `resume` lets all flow again.
+    """
+
+    def __init__(self, port: int) -> None:
+        self._target = port
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._listener.getsockname()[1]
+        self._asking, self._answering = threading.Event(), threading.Event()
+        self._sockets: list[socket.socket] = []
+        self._threads: list[threading.Thread] = []
+
+    def url(self, url: str) -> str:
+        """Return the URL of a database through the proxy."""
+        return url.replace(f":{self._target}/", f":{self.port}/")
+
+    def silence(self, *, answers_only: bool = False) -> None:
+        self._answering.clear()
+        if not answers_only:
+            self._asking.clear()
+
+    def resume(self) -> None:
+        self._asking.set()
+        self._answering.set()
+
+    def lose_connections(self) -> None:
+        """End all connections."""
+        sockets, self._sockets = self._sockets, []
+        for one in sockets:
+            with suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+
+    def __enter__(self) -> Self:
+        self.resume()
+        self._start(self._accept)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self.resume()
+        self.lose_connections()
+        for thread in self._threads:
+            thread.join(10)
+
+    def _start(self, target: object, *arguments: object) -> None:
+        thread = threading.Thread(target=target, args=arguments, daemon=True)  # type: ignore[arg-type]
+        self._threads.append(thread)
+        thread.start()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                server = socket.create_connection(("127.0.0.1", self._target))
+                self._sockets += [client, server]
+                self._start(self._pump, client, server, self._asking)
+                self._start(self._pump, server, client, self._answering)
+
+    @staticmethod
+    def _pump(source: socket.socket, target: socket.socket, flows: threading.Event) -> None:
+        with suppress(OSError):
+            while data := source.recv(65536):
+                flows.wait()
+                target.sendall(data)
+        for one in (source, target):
+            with suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+            one.close()
+
+
+class RefusingServer:
+    """Refuse every login with one SQLSTATE, in a language that nobody matches texts of."""
+
+    def __init__(self, sqlstate: str, text: str) -> None:
+        fields = {"S": "FATAL", "V": "FATAL", "C": sqlstate, "M": text}
+        body = b"".join(f"{name}{value}".encode() + bytes(1) for name, value in fields.items()) + bytes(1)
+        self._answer = b"E" + struct.pack("!I", len(body) + 4) + body
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self.url = f"postgresql://exporter:geheim@127.0.0.1:{self._listener.getsockname()[1]}/ledger"
+
+    def _serve(self) -> None:
+        with suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                with client:
+                    while (message := client.recv(1024)) and message[4:8] == struct.pack("!I", 80877103):
+                        client.sendall(b"N")  # no TLS
+                    client.sendall(self._answer)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self._thread.join(10)
