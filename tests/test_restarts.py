@@ -359,7 +359,7 @@ def test_a_ledger_that_cannot_be_used_stops_the_start_and_is_left_alone(tmp_path
         copy("corrupt", original[:middle] + random.Random(2).randbytes(4096) + original[middle + 4096 :])
         copy("cut-short", original[: len(original) // 2])
         for name, statement in {
-            "newer": "UPDATE ledger_version SET version = 2",
+            "newer": "UPDATE ledger_version SET version = 3",
             "foreign": "DROP TABLE ledger_version",
             "table-gone": "DROP TABLE tasks",
         }.items():
@@ -409,7 +409,7 @@ def test_a_newer_schema_or_foreign_tables_in_postgresql_stop_the_start(tmp_path:
         config = stage.config(ledger={"url": url})
         with Exporter(tmp_path / "first", config=config) as exporter:
             exporter.scrape()
-        for statement in ("UPDATE ledger_version SET version = 2", "DROP TABLE ledger_version"):
+        for statement in ("UPDATE ledger_version SET version = 3", "DROP TABLE ledger_version"):
             with psycopg.connect(url, autocommit=True) as connection:
                 connection.execute(statement)
                 before = connection.execute("SELECT * FROM totals ORDER BY 1, 2, 3, 4").fetchall()
