@@ -109,6 +109,8 @@ class Book:
         self._offset = 0  # of this machine's clock, where it is wrong
         self._committed_at = 0
         self._listed_at: int | None = None
+        self._loaded_at: int | None = None
+        self._others = False  # whether other replicas wrote since
 
     def draft(self) -> Draft:
         """Return an empty draft for one listing; the first one in a process reads what the ledger holds."""
@@ -119,7 +121,7 @@ class Book:
                 except LedgerError as error:
                     self._draft, self._unreadable = None, error  # `commit` says what is wrong
                     return Draft(Known())  # good for the gauges
-                self._known = known
+                self._known, self._loaded_at = known, None
                 if totals:
                     self._revision, self.totals = revision, totals
             self._draft, self._unreadable = Draft(self._known, self._missing), None
@@ -150,9 +152,10 @@ class Book:
             at = clock if date is None else date
             answered = self._first_answers(clock)
 
-            def record(tx: Connection) -> "tuple[int, Totals, list[str], array[int]]":
+            def record(tx: Connection) -> "tuple[int, Totals, list[str], array[int], bool]":
                 row = self._locked(tx)
                 _ask(still)
+                others = row.revision != self._revision
                 recording = Recording(tx, row, self._view(tx, row).series, policy, at, clock)
                 left, states = self._record(recording, draft, models, row) if draft else ([], array("q"))
                 recording.show(answered)
@@ -160,20 +163,31 @@ class Book:
                     row = self._locked(tx)
                 totals = self._view(tx, row)
                 _ask(still)
-                return row.revision, totals, left, states
+                return row.revision, totals, left, states, others
 
             try:
-                self._revision, self.totals, left, states = self._ledger.transact(record)
+                self._revision, self.totals, left, states, others = self._ledger.transact(record)
             except (_ReplacedError, LedgerUncertainError) as error:
                 self._known = None  # the next listing reads what the ledger holds
                 self._revision = 0 if isinstance(error, _ReplacedError) else self._revision
                 raise
             # Only what a transaction has committed may be exposed or believed.
             self._committed_at = clock
+            self._others |= others
             self._forget_answers(self.totals)
             if draft:
                 self._listed_at = at
                 draft.committed(left, states)
+                self._load_now_and_then(clock)
+
+    def _load_now_and_then(self, clock: int) -> None:
+        """Read anew what the ledger holds, an hour after other replicas wrote: one may have gone for good.
+
+        What it alone had listed would never leave the list.
+        """
+        self._loaded_at = clock if self._loaded_at is None else self._loaded_at
+        if self._others and not 0 <= clock - self._loaded_at < HOUR:
+            self._known, self._others = None, False
 
     def _forget_answers(self, totals: Totals) -> None:
         """Forget the first answers that the ledger knows from now on."""

@@ -192,6 +192,53 @@ def test_the_exemplar_stays_the_newest_when_an_older_task_is_listed_late(book: B
     assert book.totals.series[key].value == len(tasks)
 
 
+def test_an_hour_before_the_baseline_is_an_hour(book: Book) -> None:
+    hour = 3_600_000_000
+    commit(book, [record("within", created=-hour), record("before", created=-hour - 1)], at=SECOND)
+    assert counted(book)["m", "submitted", ""] == 1
+
+
+@pytest.mark.parametrize("restarts", [False, True], ids=["one process", "a restart before each listing"])
+def test_a_task_counts_its_growth_and_its_end_once_through_its_life(
+    open_ledger: Callable[..., Ledger], book: Book, restarts: bool
+) -> None:
+    life = [("pending", 0.1), ("running", 0.3), ("running", 0.3), ("done", 5), ("done", 5), ("done", 4)]
+    for at, (status, credits_) in enumerate(life, 1):
+        if restarts:
+            book = open_ledger().book("w")
+        commit(book, [record("a", status, created=0, credits=credits_)], at=at * SECOND)
+        assert counted(book)["m", "submitted", ""] == 1
+        assert counted(book)["m", "credits", ""] == round(max(c for _, c in life[:at]) * NANO)
+        assert counted(book).get(("m", "finished", "done"), 0) == (status == "done")
+
+
+def test_an_id_twice_in_the_middle_of_a_batch_hides_none_of_those_after_it(book: Book) -> None:
+    names = ["a", "b", "b", "c", "a", "d"]
+    listing = commit(book, [record(name, created=0, credits=1) for name in names], at=SECOND)
+    assert counted(book) == {("m", "submitted", ""): 4, ("m", "finished", "done"): 4, ("m", "credits", ""): 4 * NANO}
+    assert sum(cell.tasks for cell in listing.cells.values()) == 4
+    listing = commit(book, [record(name, created=0, credits=2) for name in names], at=2 * SECOND)  # all are known now
+    assert counted(book)["m", "credits", ""] == 8 * NANO
+    assert sum(cell.tasks for cell in listing.cells.values()) == 4
+
+
+def test_tasks_that_take_the_places_of_those_that_left_are_told_apart(book: Book) -> None:
+    """What is known of a task must not be what was known of one that left."""
+
+    def listed(*names: str, status: str = "running") -> None:
+        book_at[0] += 1
+        commit(book, [record(name, status, created=0, credits=1) for name in names], at=book_at[0] * SECOND)
+
+    book_at = [0]
+    listed("a", "b", "c", status="done")
+    listed("b")
+    listed("b", "d", "e", "f")
+    listed("b", "d", "e", "f", status="done")
+    listed("d", "g", "h", status="done")
+    listed("a", "g", "h", "d", status="done")
+    assert counted(book) == {("m", "submitted", ""): 8, ("m", "finished", "done"): 8, ("m", "credits", ""): 8 * NANO}
+
+
 # Retention
 
 

@@ -3,22 +3,26 @@
 import sqlite3
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
+import pytest
 import sqlalchemy as sa
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule
+from sqlalchemy.engine import Connection
 
 from creatify_exporter.database import LedgerError
 from creatify_exporter.ledger import Book, Ledger, Policy
 from creatify_exporter.tasks import FINISHED, HOUR, NANO, SECOND, TaskReader
-from tests.support.records import POLICY, START, classify, commit, counted, record, shown
+from tests.support.records import POLICY, START, classify, counted, read_task, record, shown
 
+T = TypeVar("T")
 MODELS = ("a", "b", "c", "d")
+DAY = 24 * HOUR
 
 
 @dataclass(frozen=True)
@@ -39,38 +43,89 @@ class Fact:
         )
 
 
-def model_of(history: Iterable[tuple[int, Sequence[Fact]]], policy: Policy) -> Counter[tuple[str, str, str]]:
-    """Return what must have been counted, computed from the committed listings (time, facts) alone."""
-    floor, labels, totals = None, list[str](), Counter[tuple[str, str, str]]()
-    seen, created = dict[str, list[Any]](), dict[str, int | None]()
-    first, left = dict[str, int](), dict[str, int]()
-    for now, facts in history:
-        baseline, floor = floor is None, now - HOUR if floor is None else floor
+@dataclass(frozen=True)
+class Committed:
+    """One committed listing: when, what it had, and what the API said of tasks by their id."""
+
+    now: int
+    facts: Sequence[Fact]
+    by_id: Sequence[Fact] = ()
+
+
+@dataclass
+class Model:
+    """What must have been counted, computed from the committed listings alone."""
+
+    policy: Policy
+    floor: int | None = None
+    labels: list[str] = field(default_factory=list)
+    totals: Counter[tuple[str, str, str]] = field(default_factory=Counter)
+    seen: dict[str, list[Any]] = field(default_factory=dict)
+    """Label, end, credits of each task that the ledger holds."""
+    created: dict[str, int | None] = field(default_factory=dict)
+    first: dict[str, int] = field(default_factory=dict)
+    left: dict[str, int] = field(default_factory=dict)
+
+    def merge(self, fact: Fact) -> None:
+        task, finished = self.seen[fact.id], fact.status if fact.status in FINISHED else None
+        credits_ = round(fact.credits * NANO)
+        if finished and not task[1]:
+            self.totals[task[0], "finished", finished] += 1
+            self.totals[task[0], "failures", fact.reason] += finished == "failed"
+        self.totals[task[0], "credits", ""] += max(credits_ - task[2], 0)
+        task[1:] = task[1] or finished, max(task[2], credits_)
+
+    def list(self, now: int, facts: Sequence[Fact]) -> None:
+        baseline, self.floor = self.floor is None, now - HOUR if self.floor is None else self.floor
         unique = {fact.id: fact for fact in reversed(facts)}  # of an id listed twice, the first one counts
         for fact in (fact for fact in facts if unique[fact.id] is fact):
-            named = fact.model in labels or len([one for one in labels if one != "other"]) < policy.max_models
-            labels += [label] if (label := fact.model if named else "other") not in labels else []
-            finished, credits_ = fact.status if fact.status in FINISHED else None, round(fact.credits * NANO)
-            if fact.id not in seen:
-                counts = policy.count_existing if baseline else fact.created is None or fact.created >= floor
-                seen[fact.id], first[fact.id] = ([label, None, 0] if counts else [label, finished, credits_]), now
-                totals[label, "submitted", ""] += counts
-            task = seen[fact.id]
-            if finished and not task[1]:
-                totals[task[0], "finished", finished] += 1
-                totals[task[0], "failures", fact.reason] += finished == "failed"
-            totals[task[0], "credits", ""] += max(credits_ - task[2], 0)
-            task[1:] = task[1] or finished, max(task[2], credits_)
-            left.pop(fact.id, None)
-            created.setdefault(fact.id, fact.created)
-        for task_id in seen.keys() - unique.keys():
-            left.setdefault(task_id, now)
-        for task_id in [one for one, since in left.items() if now - since >= policy.retention * SECOND]:
-            since, known = left.pop(task_id), created.pop(task_id)
-            floor = max(floor, (first[task_id] if known is None or known >= since else known) + 1)
-            del seen[task_id]
-    totals["", "tasks", ""] = len(seen)
-    return +totals
+            known = [one for one in self.labels if one != "other"]
+            label = fact.model if fact.model in self.labels or len(known) < self.policy.max_models else "other"
+            self.labels += [label] if label not in self.labels else []
+            if fact.id not in self.seen:
+                counts = fact.created is None or fact.created >= self.floor
+                counts = self.policy.count_existing if baseline else counts
+                end, credits_ = fact.status if fact.status in FINISHED else None, round(fact.credits * NANO)
+                self.seen[fact.id], self.first[fact.id] = ([label, None, 0] if counts else [label, end, credits_]), now
+                self.totals[label, "submitted", ""] += counts
+            self.merge(fact)
+            self.left.pop(fact.id, None)
+            self.created.setdefault(fact.id, fact.created)
+        for task_id in self.seen.keys() - unique.keys():
+            self.left.setdefault(task_id, now)
+
+    def prune(self, now: int) -> None:
+        assert self.floor is not None
+        old = [one for one, since in self.left.items() if now - since >= self.policy.retention * SECOND]
+        for task_id in old:
+            since, known = self.left.pop(task_id), self.created.pop(task_id)
+            bound = self.first[task_id] if known is None or known >= since else known
+            self.floor = max(self.floor, bound + 1)
+            del self.seen[task_id]
+
+
+def model_of(history: Iterable[Committed], policy: Policy) -> Model:
+    """Replay the committed listings."""
+    model = Model(policy)
+    for one in history:
+        model.list(one.now, one.facts)
+        for fact in one.by_id:
+            if fact.id in model.seen:
+                model.merge(fact)
+        model.prune(one.now)
+    return model
+
+
+class ForgetfulLedger(Ledger):
+    """A ledger whose database can lose the answer to a COMMIT that took effect."""
+
+    forgets = False
+
+    def _run(self, work: Callable[[Connection], T]) -> T:
+        result = super()._run(work)
+        if self.forgets:
+            raise sqlite3.OperationalError("the connection is gone")
+        return result
 
 
 class Machine(RuleBasedStateMachine):
@@ -83,20 +138,27 @@ class Machine(RuleBasedStateMachine):
         super().__init__()
         self.directory = tempfile.TemporaryDirectory()
         self.now = 0
+        self.skew = 0
+        self.dated = False
         self.facts: list[Fact] = []
         self.gone: list[Fact] = []
+        self.deleted: set[str] = set()
+        self.silent: set[str] = set()
         self.earlier: list[list[Fact]] = [[]]
-        self.history: list[tuple[int, list[Fact]]] = []
+        self.history: list[Committed] = []
+        self.under_way: tuple[Committed, list[str]]
+        self.asked_at: dict[str, int] = {}
+        self.answered_404: set[str] = set()
         self.last: list[dict[tuple[str, str, str], int]] = [{} for _ in range(self.replicas)]
         self.born: dict[tuple[str, str, str], int] = {}
-        self.ledgers: list[Ledger] = []
+        self.ledgers: list[ForgetfulLedger] = []
         self.books: list[Book] = []
         for _ in range(self.replicas):
             self.ledgers.append(self.fresh())
             self.books.append(self.ledgers[-1].book("w"))
 
-    def fresh(self) -> Ledger:
-        return Ledger(f"sqlite:///{self.directory.name}/ledger.db")
+    def fresh(self) -> ForgetfulLedger:
+        return ForgetfulLedger(f"sqlite:///{self.directory.name}/ledger.db")
 
     def teardown(self) -> None:
         for ledger in self.ledgers:
@@ -140,6 +202,34 @@ class Machine(RuleBasedStateMachine):
     def come_back(self, which: int) -> None:
         if self.gone:
             self.facts.append(self.gone.pop(which % len(self.gone)))
+            self.deleted.discard(self.facts[-1].id)
+
+    @rule(
+        which=st.integers(0, 100),
+        status=st.sampled_from(("running", "done", "failed")),
+        credits_=st.sampled_from((0, 0.1, 0.3, 5)),
+    )
+    def change_unlisted(self, which: int, status: str, credits_: float) -> None:
+        if self.gone:
+            at = which % len(self.gone)
+            self.gone[at] = replace(self.gone[at], status=status, credits=credits_)
+
+    @rule(which=st.integers(0, 100), how=st.sampled_from(("deleted", "silent", "answers")))
+    def answer_by_id(self, which: int, how: str) -> None:
+        """Decide how the API answers for a task that it does not list."""
+        if self.gone:
+            task_id = self.gone[which % len(self.gone)].id
+            if how == "deleted":
+                self.deleted.add(task_id)
+            elif how == "silent":
+                self.silent.add(task_id)
+            else:
+                self.silent.discard(task_id)
+
+    @rule(days=st.sampled_from((-400, -3, 0, 3, 100)))
+    def step_the_clock(self, days: int) -> None:
+        """Set the clock of the exporters wrong, or right again; from then on the API says the time."""
+        self.skew, self.dated = days * DAY, True
 
     @rule(which=st.integers(0, 100), credits_=st.sampled_from((0, 7)))
     def list_twice(self, which: int, credits_: float) -> None:
@@ -153,16 +243,56 @@ class Machine(RuleBasedStateMachine):
 
     # What the exporters do.
 
+    def attempt(self, replica: int, facts: list[Fact], at_commit: Callable[[], None] = lambda: None) -> None:
+        """List and commit; `under_way` is what is committed, and the ids that were asked for."""
+        book, now = self.books[replica], START + self.now
+        draft, read = book.draft(), TaskReader(classify)
+        draft.add(read(fact.record() for fact in facts))
+        known = {fact.id: fact for fact in (*self.facts, *self.gone)}
+        asked = draft.missing(3, now + self.skew)
+        answers = []
+        for task_id in asked:
+            if task_id in self.silent:
+                draft.postpone(task_id)
+            elif task_id in self.deleted:
+                draft.gone(task_id)
+            else:
+                draft.settle(read_task(known[task_id].record()))
+                answers.append(known[task_id])
+        self.under_way = Committed(now, self.absolute(facts), self.absolute(answers)), asked
+        at_commit()
+        models = list(dict.fromkeys(fact.model for fact in facts))
+        book.commit(draft, models, self.policy, now + self.skew, now if self.dated else None)
+
+    def committed(self, one: Committed, asked: Sequence[str]) -> None:
+        """Take note of a committed listing, and of what was asked for in it."""
+        for fact in one.facts:
+            self.asked_at.pop(fact.id, None)
+            self.answered_404.discard(fact.id)
+        before = model_of(self.history, self.policy)
+        for task_id in asked:
+            assert before.seen[task_id][1] is None, "a finished task was asked for"
+            assert task_id not in {fact.id for fact in one.facts}
+            if self.replicas == 1:
+                assert task_id not in self.answered_404, "a task that is gone was asked for again"
+                assert one.now - self.asked_at.get(task_id, 0) >= 30 * SECOND
+            self.asked_at[task_id] = one.now
+        self.answered_404 |= set(asked) & self.deleted - self.silent
+        self.history.append(one)
+
     def listed(self, replica: int, facts: list[Fact]) -> None:
         replica %= self.replicas
         self.now += SECOND
-        commit(self.books[replica], [fact.record() for fact in facts], at=self.now, policy=self.policy)
-        self.history.append((self.now + START, self.absolute(facts)))
-        totals = self.books[replica].totals
+        self.attempt(replica, facts)
+        self.committed(*self.under_way)
+        self.check(replica)
+
+    def check(self, replica: int) -> None:
+        """Compare with the model, and answer."""
+        totals, model = self.books[replica].totals, model_of(self.history, self.policy)
         assert totals is not None
-        assert +Counter(counted(self.books[replica]) | {("", "tasks", ""): totals.tasks}) == model_of(
-            self.history, self.policy
-        )
+        assert +Counter(counted(self.books[replica])) == +model.totals
+        assert totals.tasks == len(model.seen)
         self.answer(replica)
 
     @staticmethod
@@ -171,12 +301,12 @@ class Machine(RuleBasedStateMachine):
 
     def answer(self, replica: int) -> None:
         self.now += SECOND
-        answer = shown(self.books[replica], self.now)
+        answer = shown(self.books[replica], self.now + self.skew)
         for key, value in answer.items():
             # Nothing falls, and what another replica has not shown yet begins at 0.
             assert value >= self.last[replica].get(key, 0), key
             self.born.setdefault(key, value)
-            assert self.born[key] == 0, key
+            assert self.born[key] == 0 or self.policy.count_existing, key
         assert self.last[replica].keys() <= answer.keys()
         self.last[replica] = answer
 
@@ -184,6 +314,31 @@ class Machine(RuleBasedStateMachine):
     def list(self, replica: int) -> None:
         self.earlier.append([*self.facts])
         self.listed(replica, [*self.facts])
+
+    @rule(replica=st.integers(0, 5))
+    def lose_the_answer_to_commit(self, replica: int) -> None:
+        """The listing took effect, and the exporter cannot know."""
+        replica %= self.replicas
+        ledger = self.ledgers[replica]
+        self.now += SECOND
+        try:
+            with pytest.raises(LedgerError, match="OperationalError"):
+                self.attempt(replica, [*self.facts], lambda: setattr(ledger, "forgets", True))
+        finally:
+            ledger.forgets = False
+        self.committed(*self.under_way)
+
+    @rule(replica=st.integers(0, 5))
+    def catch_up(self, replica: int) -> None:
+        """Once the API answers for a task, its end is in the counters at most an hour later, listed or not."""
+        self.silent.clear()
+        self.now += 3700 * SECOND
+        for number in range(len(self.gone) // 3 + 1 + self.replicas):
+            self.listed(replica + number, [*self.facts])
+        model = model_of(self.history, self.policy)
+        for fact in self.gone:
+            if fact.id in model.seen and fact.id not in self.deleted | self.answered_404 and fact.status in FINISHED:
+                assert model.seen[fact.id][1] is not None, f"{fact.id} has ended, and nobody counted that"
 
     @rule(replica=st.integers(0, 5), done=st.integers(0, 10))
     def break_off(self, replica: int, done: int) -> None:
@@ -205,14 +360,9 @@ class Machine(RuleBasedStateMachine):
         for event in events:
             sa.event.listen(sa.Engine, event, run_out)
         try:
-            with suppress(LedgerError, sqlite3.OperationalError):
-                commit(
-                    self.books[replica % self.replicas],
-                    [fact.record() for fact in self.facts],
-                    at=self.now,
-                    policy=self.policy,
-                )
-                self.history.append((self.now + START, self.absolute(self.facts)))
+            with suppress(LedgerError):
+                self.attempt(replica % self.replicas, [*self.facts])
+                self.committed(*self.under_way)
         finally:
             for event in events:
                 sa.event.remove(sa.Engine, event, run_out)
@@ -243,8 +393,9 @@ class Counting(Machine):
 
 
 _settings = settings(
-    max_examples=40, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True
+    max_examples=30, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True
 )
 TestOneExporter = Machine.TestCase
 TestReplicas = Replicas.TestCase
-TestOneExporter.settings = TestReplicas.settings = _settings
+TestCounting = Counting.TestCase
+TestOneExporter.settings = TestReplicas.settings = TestCounting.settings = _settings

@@ -267,3 +267,30 @@ def test_more_missing_tasks_than_one_statement_takes_are_all_asked_for_in_time(r
     assert sorted(found) == sorted(names)
     assert counted(book)["m", "finished", "failed"] == 2500
     assert unsettled(book) == 0
+
+
+def test_replicas_that_list_different_tasks_for_good_lose_none_of_them(
+    book: Book, reopened: Callable[[], Book]
+) -> None:
+    """One lists the task all the time, the other one never does, and neither is ever restarted."""
+    short, other = replace(POLICY, retention=7200), reopened()
+    for hour in range(1, 8):
+        commit_asking(other, [], {}, at=hour * HOUR, policy=short)
+        commit(book, [running("a")], at=hour * HOUR + SECOND, policy=short)
+    assert book.totals is not None
+    assert (book.totals.tasks, book.totals.unsettled) == (1, 0)
+    commit(other, [], at=8 * HOUR, policy=short)
+    commit(book, [failed("a")], at=8 * HOUR + SECOND, policy=short)
+    assert counted(book) == FAILED
+
+
+def test_what_only_a_replica_that_is_gone_for_good_had_listed_is_asked_for_within_two_hours(
+    book: Book, reopened: Callable[[], Book]
+) -> None:
+    other = reopened()
+    commit(other, [running("a"), running("short")], at=2 * SECOND)
+    asked = []
+    for minute in range(1, 121):
+        asked += commit_asking(book, [running("a")], {"short": failed("short")}, at=minute * MINUTE)[1]
+    assert asked == ["short"]
+    assert counted(book)["m", "finished", "failed"] == 1
