@@ -4,7 +4,10 @@ import os
 import random
 import resource
 import sqlite3
+import subprocess
+import sys
 import threading
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, suppress
 from functools import partial
@@ -15,12 +18,16 @@ import psycopg
 import pytest
 
 from creatify_exporter.demo import Model
+from creatify_exporter.ledger import Ledger
+from creatify_exporter.tasks import NANO
 from tests.support.commands import run
 from tests.support.exporter import Exporter
+from tests.support.lister import credits_of, ends, list_once
 from tests.support.load import Scraping
 from tests.support.postgres import PASSWORD, Postgres
 from tests.support.processes import eventually
 from tests.support.prometheus import Prometheus
+from tests.support.records import counted
 from tests.support.stage import PREFIX, Stage, Watch, counter_series, counts
 
 pytestmark = pytest.mark.process
@@ -95,6 +102,53 @@ def test_kills_at_random_moments_lose_nothing_in_postgresql(tmp_path: Path, post
             kill_again_and_again(stage, exporter, 100 if soak else 4)
             stage.time.run(0)
             stage.wait_until_exact(exporter)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(("backend", "replicas"), [("sqlite", 1), ("postgresql", 2)])
+def test_kills_lose_no_end_of_a_task_that_left_the_list(
+    tmp_path: Path, postgres: Postgres, soak: bool, backend: str, replicas: int
+) -> None:
+    """The API lists a window only; whatever was listed once is counted to its end, by its id."""
+    url = f"sqlite:///{tmp_path}/ledger.db" if backend == "sqlite" else postgres.create_database()
+    chance, clock, tick = random.Random(replicas), tmp_path / "clock", 0
+    with closing(Ledger(url)) as ledger:
+        list_once(ledger, 0, [])
+    for _ in range(60 if soak else 4):
+        tick += chance.randrange(1, 3)
+        clock.write_text(str(tick))
+        command = [sys.executable, "-m", "tests.support.lister", url, str(clock)]
+        running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(replicas)]
+        try:
+            for _ in range(4):
+                for process in running:
+                    assert process.stdout
+                    assert process.stdout.readline() == "listed\n"
+                tick += 1
+                (tmp_path / "next").write_text(str(tick))
+                (tmp_path / "next").rename(clock)
+            threading.Event().wait(chance.uniform(0, 0.05))  # the moment is what is random here
+        finally:
+            for process in running:
+                process.kill()
+                process.communicate()
+    with closing(Ledger(url)) as ledger:
+        book = ledger.book("w")
+        for hour in range(1, 1000):  # every task has ended, and nothing is listed any more
+            list_once(ledger, tick + 61 * hour, [])
+            if book.totals and not book.totals.unsettled:
+                break
+        known = ledger.transact(lambda tx: tx.exec_driver_sql("SELECT id FROM tasks").scalars().all())
+        numbers = [int(task_id.removeprefix("task-")) for task_id in known]
+        ended = Counter(map(ends, numbers))
+        assert len(numbers) >= 70
+        assert counted(book) == {
+            ("m", "submitted", ""): len(numbers),
+            ("m", "finished", "done"): ended["done"],
+            ("m", "finished", "failed"): ended["failed"],
+            ("m", "failures", "timeout"): ended["failed"],
+            ("m", "credits", ""): round(sum(map(credits_of, numbers)) * NANO),
+        }
 
 
 def test_replicas_on_one_postgresql_ledger_agree_whatever_happens_to_it(tmp_path: Path, postgres: Postgres) -> None:
