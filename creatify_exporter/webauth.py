@@ -22,14 +22,14 @@ _PASSWORD_BYTES = 72  # what bcrypt looks at; the library refuses longer ones in
 class Authentication:
     """Let requests pass that carry the name and password of a user; with no users, all of them.
 
-    An unknown user costs one check against a hash of the same cost, like a wrong password. Results are remembered under
-    a keyed digest, so neither a scrape every few seconds nor a client that retries pays bcrypt again. One check runs at
-    a time: guessing takes one core at most, and requests with a known result never wait behind it.
+    An unknown user and a wrong password cost the same work, that of a check against the dearest hash. Results are
+    remembered under a keyed digest, so neither a scrape every few seconds nor a client that retries pays bcrypt again.
+    One check runs at a time: guessing takes one core at most, and requests with a known result never wait behind it.
     """
 
     def __init__(self, users: Mapping[str, str]) -> None:
         self._key = secrets.token_bytes(32)
-        self._passed: set[bytes] = set()
+        self._passed: dict[bytes, tuple[bytes, bytes]] = {}
         self._failed: OrderedDict[bytes, None] = OrderedDict()
         self._running: dict[bytes, asyncio.Task[bool]] = {}
         self._gate = asyncio.Semaphore(1)
@@ -37,11 +37,13 @@ class Authentication:
         self.replace(users)
 
     def replace(self, users: Mapping[str, str]) -> None:
-        """Take `users` (name to bcrypt hash) in place of the former ones, from the next request on."""
+        """Take `users` (name to bcrypt hash) in place of the former ones, from the next request on.
+
+        Whose hash stays the same need not be checked again.
+        """
         self._users = {name.encode(): stored.encode() for name, stored in users.items()}
-        cost = max((stored.split(b"$")[2] for stored in self._users.values()), default=b"10")
-        self._nobody = b"$2b$" + cost + b"$" + b"." * 53
-        self._passed.clear()
+        self._cost = max(map(_cost, self._users.values()), default=10)
+        self._passed = {key: user for key, user in self._passed.items() if user in self._users.items()}
 
     async def allows(self, authorization: str) -> bool:
         """Tell whether the value of an `Authorization` header names a user and its password."""
@@ -55,7 +57,7 @@ class Authentication:
         if scheme.lower() != "basic" or not separator:
             return False
         password = password[:_PASSWORD_BYTES]
-        stored = self._users.get(user, self._nobody)
+        stored = self._users.get(user, _dummy(self._cost))
         key = self._digest(user, stored, password)
         if key in self._passed:
             return True
@@ -76,11 +78,11 @@ class Authentication:
         try:
             async with self._gate:
                 loop = asyncio.get_running_loop()
-                matches = await loop.run_in_executor(self._executor, _matches, password, stored)
+                matches = await loop.run_in_executor(self._executor, _matches, password, stored, self._cost)
         finally:
             del self._running[key]
         if passed := matches and self._users.get(user) == stored:
-            self._passed.add(key)
+            self._passed[key] = user, stored
         else:
             self._failed[key] = None
             if len(self._failed) > _REMEMBERED_FAILURES:
@@ -88,7 +90,26 @@ class Authentication:
         return passed
 
 
-def _matches(password: bytes, stored: bytes) -> bool:
+def _cost(stored: bytes) -> int:
+    return int(stored.split(b"$")[2])
+
+
+def _dummy(cost: int) -> bytes:
+    """Return the hash of nobody's password."""
+    return b"$2b$%02d$" % cost + b"." * 53
+
+
+def _matches(password: bytes, stored: bytes, dearest: int) -> bool:
+    """Check a password; a wrong one costs 2**dearest rounds of work whatever the cost of `stored`, never above it."""
+    if _is_of(password, stored):
+        return True
+    # A check of cost n takes 2**n rounds, and 2**n + 2**n + 2**(n+1) + ... + 2**(dearest-1) is 2**dearest.
+    for cost in range(_cost(stored), dearest):
+        _is_of(password, _dummy(cost))
+    return False
+
+
+def _is_of(password: bytes, stored: bytes) -> bool:
     try:
         return bcrypt.checkpw(password, stored)
     except ValueError:

@@ -136,12 +136,13 @@ def test_failures_are_remembered_within_bounds_and_do_not_displace_successes(
 
 
 def test_a_flood_of_wrong_passwords_does_not_hold_up_a_known_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    release = threading.Event()
+    started, release = threading.Event(), threading.Event()
     running: list[bytes] = []
     app = application(FakeSite(), Authentication(HASHES))
 
     def blocked(password: bytes, _stored: bytes) -> bool:
         running.append(password)
+        started.set()
         return release.wait(30) and False
 
     async def run() -> None:
@@ -149,6 +150,7 @@ def test_a_flood_of_wrong_passwords_does_not_hold_up_a_known_one(monkeypatch: py
         assert (await ask(app, "/metrics", known)).status == 200
         monkeypatch.setattr(bcrypt, "checkpw", blocked)
         flood = [asyncio.create_task(ask(app, "/metrics", ("Authorization", basic("ann", str(n))))) for n in range(100)]
+        assert await asyncio.to_thread(started.wait, 30)
         for _ in range(50):
             assert (await asyncio.wait_for(ask(app, "/metrics", known), 5)).status == 200
         assert len(running) == 1
@@ -157,6 +159,31 @@ def test_a_flood_of_wrong_passwords_does_not_hold_up_a_known_one(monkeypatch: py
         assert {(await task).status for task in flood} == {401}
 
     asyncio.run(run())
+
+
+def test_an_unknown_user_and_a_wrong_password_cost_the_same_work_whatever_the_hashes(checks: list[bytes]) -> None:
+    users = {name: bcrypt.hashpw(b"pw", bcrypt.gensalt(cost)).decode() for name, cost in [("cheap", 4), ("dear", 9)]}
+    authentication = Authentication(users)
+    work = {}
+    for name in ("cheap", "dear", "nobody"):
+        checks.clear()
+        assert not asyncio.run(authentication.allows(basic(name, "wrong")))
+        work[name] = sum(2 ** int(stored.split(b"$")[2]) for stored in checks)
+    assert work == dict.fromkeys(work, 2**9)
+
+
+def test_a_reload_that_leaves_a_user_alone_keeps_who_has_passed(checks: list[bytes]) -> None:
+    authentication = Authentication(HASHES)
+
+    async def run() -> list[int]:
+        counts = []
+        for users in (HASHES, HASHES, {"ann": HASHES["ann"]}, {"bo": HASHES["bo"]}, HASHES):
+            authentication.replace(users)
+            await authentication.allows(basic("ann", "pw"))
+            counts.append(len(checks))
+        return counts
+
+    assert asyncio.run(run()) == [1, 1, 1, 2, 3]
 
 
 def test_users_are_replaced_at_once() -> None:
