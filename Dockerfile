@@ -6,12 +6,13 @@ FROM python:${PYTHON_VERSION}-slim AS build
 WORKDIR /src
 COPY requirements.lock requirements-build.lock ./
 RUN python -m venv --without-pip /opt/creatify-exporter \
- && pip --python /opt/creatify-exporter install --no-cache-dir --require-hashes --only-binary :all: --requirement requirements.lock \
- && pip install --no-cache-dir --require-hashes --requirement requirements-build.lock
-COPY pyproject.toml setup.py README.md LICENSE ./
+ && pip --python /opt/creatify-exporter install --no-cache-dir --no-deps --require-hashes --only-binary :all: --requirement requirements.lock \
+ && pip install --no-cache-dir --no-deps --require-hashes --requirement requirements-build.lock
+COPY pyproject.toml README.md LICENSE ./
 COPY creatify_exporter creatify_exporter
 ARG REVISION=unknown
-RUN CREATIFY_EXPORTER_REVISION="$REVISION" pip wheel --no-cache-dir --no-deps --no-build-isolation --wheel-dir /wheels . \
+RUN sed -i "s/[$]Format:%H[$]/$REVISION/" creatify_exporter/__init__.py \
+ && pip wheel --no-cache-dir --no-deps --no-build-isolation --wheel-dir /wheels . \
  && pip --python /opt/creatify-exporter install --no-cache-dir --no-deps --no-index /wheels/*.whl
 
 FROM python:${PYTHON_VERSION}-slim

@@ -14,7 +14,7 @@ from typing import Any
 
 import structlog
 
-from creatify_exporter import __version__, once, revision
+from creatify_exporter import __revision__, __version__, once
 from creatify_exporter.config import (
     Config,
     ConfigError,
@@ -144,7 +144,7 @@ class _Site:
     """What the endpoints serve."""
 
     version = __version__
-    revision = revision()
+    revision = __revision__
 
     def __init__(self, service: Service, flags: argparse.Namespace) -> None:
         self.scrape = service.scrape
@@ -259,7 +259,7 @@ def _parser() -> argparse.ArgumentParser:
     setting("--web.scrape-timeout-offset", "500ms", "taken off Prometheus' timeout", parse_duration, metavar="DURATION")
     setting("--log.level", "info", "least severe level to log", choices=tuple(_LEVELS))
     setting("--log.format", "logfmt", "format of the log", choices=("logfmt", "json"))
-    build = f"creatify-exporter {__version__} (revision {revision()}, python {platform.python_version()})"
+    build = f"creatify-exporter {__version__} (revision {__revision__}, python {platform.python_version()})"
     parser.add_argument("--version", action="version", version=build)
     flag("--once", "list once, print the metrics, write nothing, and exit", action="store_true")
     flag("--reasons", "list once, print a table of the failure reasons, and exit", action="store_true")

@@ -6,7 +6,7 @@ import threading
 from collections import defaultdict
 from typing import Any
 
-from creatify_exporter import __version__, revision
+from creatify_exporter import __revision__, __version__
 from creatify_exporter import config as config_
 from creatify_exporter.api import Client
 from creatify_exporter.attempt import Clock
@@ -101,7 +101,7 @@ class Service:
             self._reload_successful,
             self._reloaded_at,
             __version__,
-            revision(),
+            __revision__,
             platform.python_version(),
         )
 

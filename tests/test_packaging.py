@@ -1,5 +1,6 @@
 """What is built contains what it should, and works in an empty environment outside the repository."""
 
+import ast
 import os
 import re
 import shutil
@@ -17,7 +18,6 @@ from tests.support.exporter import Exporter
 from tests.support.processes import eventually
 
 ROOT = Path(__file__).resolve().parents[1]
-REVISION = "0123456789abcdef0123456789abcdef01234567"
 VERSION = creatify_exporter.__version__
 
 
@@ -27,24 +27,6 @@ def tracked(*paths: str) -> set[str]:
     return {path for path in listed.splitlines() if (ROOT / path).is_file()}
 
 
-def interpreters() -> dict[str, Path]:
-    """Return the interpreters of this machine that are supported, by version."""
-    found = {}
-    for minor in (11, 12, 13):
-        name = f"python3.{minor}"
-        places = [
-            Path(sys.executable) if sys.version_info[:2] == (3, minor) else None,
-            *sorted(Path.home().glob(f".pyenv/versions/3.{minor}.*/bin/{name}"), reverse=True),
-            shutil.which(name),
-        ]
-        for place in places:
-            # A version manager's stand-in may be on PATH and still refuse to run.
-            if place is not None and run(place, "-c", "import venv, ensurepip").returncode == 0:
-                found[name] = Path(place)
-                break
-    return found
-
-
 def clean_environment(**more: str) -> dict[str, str]:
     """Return this environment without what points back at the repository or measures coverage."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "COV_", "COVERAGE"))}
@@ -52,17 +34,35 @@ def clean_environment(**more: str) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Build the source distribution from a copy of the work tree, where there is no git to ask."""
-    tree = tmp_path_factory.mktemp("tree")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a repository with one commit: the work tree as it is."""
+    tree = tmp_path_factory.mktemp("repository")
     for path in tracked():
         (tree / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / path, tree / path)
-    built = tmp_path_factory.mktemp("sdist")
-    environment = clean_environment(CREATIFY_EXPORTER_REVISION=REVISION)
-    output(sys.executable, "-m", "build", "--no-isolation", "--sdist", "--outdir", built, tree, env=environment)
-    (archive,) = built.iterdir()
-    return archive
+    author = ("-c", "user.name=test", "-c", "user.email=test@localhost", "-c", "commit.gpgsign=false")
+    output("git", "init", "--quiet", tree)
+    output("git", "add", "--all", cwd=tree)
+    output("git", *author, "commit", "--quiet", "--no-verify", "--message=all", cwd=tree)
+    return tree
+
+
+@pytest.fixture(scope="module")
+def revision(repository: Path) -> str:
+    return output("git", "rev-parse", "HEAD", cwd=repository).strip()
+
+
+@pytest.fixture(scope="module")
+def sdist(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build the source distribution as `make dist` does, from what git exports."""
+    export, built = tmp_path_factory.mktemp("export"), tmp_path_factory.mktemp("sdist")
+    output("git", "archive", "--output", export / "tree.tar", "HEAD", cwd=repository)
+    with tarfile.open(export / "tree.tar") as archive:
+        archive.extractall(export / "tree", filter="data")
+    command = (sys.executable, "-m", "build", "--no-isolation", "--sdist", "--outdir", built, export / "tree")
+    output(*command, env=clean_environment())
+    (archive_path,) = built.iterdir()
+    return archive_path
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def test_the_source_distribution_has_all_that_a_user_needs(sdist: Path) -> None:
     assert sdist.name == f"creatify_exporter-{VERSION}.tar.gz"
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames() if not archive.getmember(name).isdir()}
-    wanted = tracked("creatify_exporter", "deploy", "docs", "grafana", "prometheus", "*.lock") | {
+    wanted = tracked("creatify_exporter", "deploy", "docs", "grafana", "prometheus", "*.lock", "*.wheels") | {
         "CHANGELOG.md",
         "LICENSE",
         "Makefile",
@@ -90,7 +90,6 @@ def test_the_source_distribution_has_all_that_a_user_needs(sdist: Path) -> None:
         "config.example.yaml",
         "exporter.py",
         "pyproject.toml",
-        "setup.py",
     }
     assert wanted - names == set()
     assert not [name for name in names if re.search(r"(^|/)(\.venv|__pycache__|build)/|\.(pyc|db)$", name)]
@@ -104,7 +103,6 @@ def test_the_wheel_has_the_program_and_nothing_else(wheel: Path) -> None:
         entry_points = archive.read(f"{info}/entry_points.txt").decode()
         metadata = archive.read(f"{info}/METADATA").decode()
     assert {name for name in names if not name.startswith(f"{info}/")} == {
-        "creatify_exporter/REVISION",
         *tracked("creatify_exporter"),
     }
     assert f"{info}/licenses/LICENSE" in names
@@ -114,30 +112,45 @@ def test_the_wheel_has_the_program_and_nothing_else(wheel: Path) -> None:
     assert "Provides-Extra: postgres" in metadata
 
 
-def test_a_build_keeps_the_revision_it_was_made_from(sdist: Path, wheel: Path) -> None:
+def test_a_build_knows_the_revision_it_was_made_from(sdist: Path, wheel: Path, revision: str) -> None:
     with tarfile.open(sdist) as archive:
-        member = archive.extractfile(f"creatify_exporter-{VERSION}/creatify_exporter/REVISION")
+        member = archive.extractfile(f"creatify_exporter-{VERSION}/creatify_exporter/__init__.py")
         assert member is not None
-        assert member.read().decode() == f"{REVISION}\n"
+        assert revision in member.read().decode()
     with zipfile.ZipFile(wheel) as wheel_archive:
-        assert wheel_archive.read("creatify_exporter/REVISION").decode() == f"{REVISION}\n"
+        assert revision in wheel_archive.read("creatify_exporter/__init__.py").decode()
 
 
-def test_a_checkout_asks_git_for_its_revision() -> None:
-    head = output("git", "rev-parse", "HEAD", cwd=ROOT).strip()
-    script = "import creatify_exporter; print(creatify_exporter.revision())"
-    assert output(sys.executable, "-c", script, cwd=ROOT).strip() in {head, f"{head}-dirty"}
+def test_a_checkout_does_not_know_its_revision() -> None:
+    assert creatify_exporter.__revision__ == "unknown"
 
 
-def test_without_git_and_without_a_build_the_revision_is_unknown(tmp_path: Path) -> None:
-    package = tmp_path / "creatify_exporter"
-    package.mkdir()
-    shutil.copy(ROOT / "creatify_exporter" / "__init__.py", package)
-    script = "import creatify_exporter; print(creatify_exporter.revision())"
-    assert output(sys.executable, "-c", script, cwd=tmp_path) == "unknown\n"
-    # A repository that git refuses to read, or one without a commit.
-    (tmp_path / ".git").mkdir()
-    assert output(sys.executable, "-c", script, cwd=tmp_path) == "unknown\n"
+def test_the_image_writes_its_revision_where_git_does(tmp_path: Path, revision: str) -> None:
+    (command,) = re.findall(r"sed -i .*(?= \\\n)", (ROOT / "Dockerfile").read_text(encoding="utf-8"))
+    (tmp_path / "creatify_exporter").mkdir()
+    shutil.copy(ROOT / "creatify_exporter" / "__init__.py", tmp_path / "creatify_exporter")
+    said = []
+    for value in (revision, "unknown"):
+        output("sh", "-c", command, cwd=tmp_path, env={**os.environ, "REVISION": value})
+        script = "import creatify_exporter; print(creatify_exporter.__revision__)"
+        said.append(output(sys.executable, "-c", script, cwd=tmp_path, env=clean_environment()).strip())
+    assert said[0] == revision
+
+
+@pytest.mark.parametrize("module", ["exporter.py", "creatify_exporter/__init__.py"])
+def test_an_old_python_is_told_so_in_a_word(module: str) -> None:
+    """What it reads before the check of its version must be in its grammar."""
+    tree = ast.parse((ROOT / module).read_text(encoding="ascii"), feature_version=(3, 4))
+    assert not [node for node in ast.walk(tree) if isinstance(node, ast.JoinedStr | ast.AnnAssign | ast.NamedExpr)]
+
+
+def test_exporter_by_hand_names_the_python_that_is_too_old() -> None:
+    for python in sorted(Path.home().glob(".pyenv/versions/*/bin/python")):
+        version = python.parts[-3]
+        if int(version.split(".")[0]) < 3 or int(version.split(".")[1]) < 11:
+            ended = run(python, ROOT / "exporter.py", "--version", env=clean_environment(PYTHONDONTWRITEBYTECODE="1"))
+            said = f"creatify-exporter needs Python 3.11 or later; this is Python {version}\n"
+            assert (ended.returncode, ended.stdout, ended.stderr) == (1, "", said)
 
 
 class Installed(Exporter):
@@ -155,17 +168,14 @@ class Installed(Exporter):
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("interpreter", interpreters().items(), ids=lambda item: item[0])
-def test_a_wheel_in_an_empty_environment_shows_the_demo(
-    interpreter: tuple[str, Path], wheel: Path, tmp_path: Path
-) -> None:
-    _, python = interpreter
+@pytest.mark.every_python
+def test_a_wheel_in_an_empty_environment_shows_the_demo(wheel: Path, revision: str, tmp_path: Path) -> None:
     environment = clean_environment()
-    output(python, "-m", "venv", "--without-pip", tmp_path / "venv", env=environment)
+    output(sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv", env=environment)
     installed = tmp_path / "venv" / "bin"
     install = (sys.executable, "-m", "pip", "--python", installed / "python", "install", "--quiet", "--no-input")
     lock = ROOT / "requirements.lock"
-    output(*install, "--require-hashes", "--requirement", lock, env=environment, timeout=280)
+    output(*install, "--no-deps", "--require-hashes", "--requirement", lock, env=environment, timeout=280)
     output(*install, "--no-deps", "--no-index", wheel, env=environment)
     empty = tmp_path / "elsewhere"
     empty.mkdir()
@@ -173,7 +183,7 @@ def test_a_wheel_in_an_empty_environment_shows_the_demo(
 
     said = output(program, "--version", cwd=empty, env=environment)
     assert VERSION in said
-    assert REVISION in said
+    assert revision in said
     help_text = output(program, "--help", cwd=empty, env=environment)
     assert "--config.file" in help_text
     assert max(len(line) for line in help_text.splitlines()) <= 80
@@ -181,7 +191,7 @@ def test_a_wheel_in_an_empty_environment_shows_the_demo(
 
     with Installed(empty, program, "--demo") as exporter:
         up = eventually(lambda: exporter.scrape().values("creatify_up", "workspace"), 30, "a listing")
-        build = exporter.scrape().value("creatify_exporter_build_info", version=VERSION, revision=REVISION)
+        build = exporter.scrape().value("creatify_exporter_build_info", version=VERSION, revision=revision)
         stopped = exporter.stop()
     assert set(up.values()) == {1}
     assert build == 1
