@@ -384,12 +384,15 @@ def test_the_documented_endpoints_are_those_that_answer(tmp_path: Path) -> None:
     assert answers == dict.fromkeys(documented, 200) | {"/-/reload": 405}
 
 
-def test_the_documented_make_targets_are_those_of_the_makefile() -> None:
+def test_every_make_target_explains_itself_and_no_other_is_documented() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     (phony,) = re.findall(r"(?m)^\.PHONY: (.+)$", makefile)
-    development = (ROOT / "docs" / "development.md").read_text(encoding="utf-8")
-    assert set(re.findall(r"`make ([a-z-]+)`", development)) >= set(phony.split())
-    assert set(re.findall(r"(?m)(?:`|^)make ([a-z-]+)", development)) <= set(phony.split())
+    helped = re.findall(r"(?m)^([a-z-]+):.* ## \S", makefile)
+    assert sorted(helped) == sorted(phony.split())
+    assert [line.split()[1] for line in output("make", "help", cwd=ROOT).splitlines()] == helped
+    for document in DOCUMENTS:
+        named = re.findall(r"(?m)(?:`|^)make ([a-z-]+)", document.read_text(encoding="utf-8"))
+        assert set(named) <= set(helped), document
 
 
 # The rest

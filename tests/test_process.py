@@ -80,6 +80,7 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir() if path.suffix != ".log"}
 
 
+@pytest.mark.every_python
 def test_once_prints_what_a_scrape_gives_and_writes_nothing(tmp_path: Path) -> None:
     with Stage("one", "two") as stage, Exporter(tmp_path, config=stage.config()) as exporter:
         once = partial(ended, tmp_path, "--once", f"--config.file={exporter.config_file}")

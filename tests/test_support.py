@@ -106,7 +106,7 @@ def test_postgres_checks_passwords_and_can_go_away_and_come_back() -> None:
 
 def test_a_missing_program_skips_locally_and_fails_in_ci(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(packages.PACKAGES, "no-such-program", "no-such-package")
-    monkeypatch.setattr(packages, "_install", lambda package: f"{package} cannot be installed here")
+    monkeypatch.setattr(packages, "install", lambda package: f"{package} cannot be installed here")
     monkeypatch.setenv("CI", "")
     with pytest.raises(pytest.skip.Exception, match="no-such-package cannot be installed"):
         require("no-such-program")

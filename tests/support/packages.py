@@ -50,7 +50,7 @@ def _no_services(policy: Path = Path("/usr/sbin/policy-rc.d")) -> Iterator[None]
 
 
 @cache
-def _install(package: str) -> str | None:
+def install(package: str) -> str | None:
     """Install a Debian package; return why that did not work."""
     if os.geteuid() != 0:
         return f"{package} is not installed, and only root can install it"
@@ -80,7 +80,7 @@ def require(*programs: str) -> tuple[str, ...]:
     for program in programs:
         path, reason = find(program), None
         if path is None:
-            reason = _install(PACKAGES[program])
+            reason = install(PACKAGES[program])
             path = find(program)
         if path is None:
             message = f"{program} is needed: {reason or 'its package brought no such program'}"
@@ -93,4 +93,4 @@ def require(*programs: str) -> tuple[str, ...]:
 
 if __name__ == "__main__":
     for each in sorted({package for program, package in PACKAGES.items() if find(program) is None}):
-        print(f"Installing {each} ...", _install(each) or "done")
+        print(f"Installing {each} ...", install(each) or "done")
