@@ -94,6 +94,7 @@ def test_the_source_distribution_has_all_that_a_user_needs(sdist: Path) -> None:
         "config.example.yaml",
         "exporter.py",
         "pyproject.toml",
+        "setup.py",
     }
     assert wanted - names == set()
     assert not [name for name in names if re.search(r"(^|/)(\.venv|__pycache__|build)/|\.(pyc|db)$", name)]
@@ -141,18 +142,18 @@ def test_the_image_writes_its_revision_where_git_does(tmp_path: Path, revision: 
     assert said[0] == revision
 
 
-@pytest.mark.parametrize("module", ["exporter.py", "creatify_exporter/__init__.py"])
-def test_an_old_python_is_told_so_in_a_word(module: str) -> None:
-    """What it reads before the check of its version must be in its grammar."""
+@pytest.mark.parametrize("module", ["exporter.py", "creatify_exporter/__init__.py", "setup.py"])
+def test_what_an_old_python_reads_is_in_its_grammar(module: str) -> None:
     tree = ast.parse((ROOT / module).read_text(encoding="ascii"), feature_version=(3, 4))
     assert not [node for node in ast.walk(tree) if isinstance(node, ast.JoinedStr | ast.AnnAssign | ast.NamedExpr)]
 
 
-def test_exporter_by_hand_names_the_python_that_is_too_old() -> None:
+@pytest.mark.parametrize("program", ["exporter.py", "setup.py"])
+def test_a_python_that_is_too_old_is_told_so_in_a_word(program: str) -> None:
     for python in sorted(Path.home().glob(".pyenv/versions/*/bin/python")):
         version = python.parts[-3]
         if int(version.split(".")[0]) < 3 or int(version.split(".")[1]) < 11:
-            ended = run(python, ROOT / "exporter.py", "--version", env=clean_environment(PYTHONDONTWRITEBYTECODE="1"))
+            ended = run(python, ROOT / program, "--version", env=clean_environment(PYTHONDONTWRITEBYTECODE="1"))
             said = f"creatify-exporter needs Python 3.11 or later; this is Python {version}\n"
             assert (ended.returncode, ended.stdout, ended.stderr) == (1, "", said)
 
