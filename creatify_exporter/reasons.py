@@ -6,39 +6,43 @@ but its reason, and, for `--reasons` alone, a masked example. Rules and their or
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from itertools import islice
-from typing import Final
+from typing import Final, NamedTuple
+from unicodedata import normalize
 
 import re2
 
 BUILT_IN: Final = {
-    "quota_exceeded": "A rate or quota limit of the model provider was hit.",
-    "provider_billing": "The model provider's account has no money or no billing.",
-    "insufficient_credits": "The Creatify workspace has no credits left.",
-    "overloaded": "The model provider had no capacity.",
-    "internal_error": "The model provider failed.",
-    "timeout": "No answer came in time.",
-    "token_limit": "The prompt was too long, or the answer was cut at the token limit.",
-    "content_blocked": "The prompt or the answer was blocked: safety, prohibited content, recitation.",
-    "invalid_request": "The request was wrong: schema, missing or malformed fields, bad media.",
-    "model_not_found": "The model does not exist, or no longer.",
-    "permission_denied": "A credential was missing, wrong or not allowed to do this.",
-    "location_unsupported": "The model provider does not serve this country or region.",
-    "malformed_response": "The model answered with nothing usable.",
-    "network_error": "A connection between systems failed.",
-    "other": "A text that no rule knows.",
-    "unspecified": "No text: missing, null or blank.",
+    "quota_exceeded": ("upstream", "A rate or quota limit of the model provider was hit."),
+    "provider_billing": ("upstream", "The model provider's account has no money or no billing."),
+    "insufficient_credits": ("account", "The Creatify workspace has no credits left."),
+    "overloaded": ("upstream", "The model provider had no capacity."),
+    "internal_error": ("upstream", "The model provider failed."),
+    "timeout": ("upstream", "No answer came in time."),
+    "token_limit": ("caller", "The prompt was too long, or the answer was cut at the token limit."),
+    "content_blocked": ("caller", "The prompt or the answer was blocked: safety, prohibited content, recitation."),
+    "invalid_request": ("caller", "The request was wrong: schema, missing or malformed fields, bad media."),
+    "model_not_found": ("caller", "The model does not exist, or no longer."),
+    "permission_denied": ("account", "A credential was missing, wrong or not allowed to do this."),
+    "location_unsupported": ("caller", "The model provider does not serve this country or region."),
+    "malformed_response": ("upstream", "The model answered with nothing usable."),
+    "network_error": ("upstream", "A connection between systems failed."),
+    "other": ("unknown", "A text that no rule knows."),
+    "unspecified": ("unknown", "No text: missing, null or blank."),
 }
+"""The reasons of the built-in rules: who has to act, and what it means."""
 OTHER: Final = "other"
 UNSPECIFIED: Final = "unspecified"
+UNKNOWN: Final = "unknown"
 
 MAX_TEXT: Final = 4096
 """Characters of a text that are looked at."""
 MAX_SEEN: Final = 16_384
 """Texts whose reason is remembered, by hash: about 2 MB."""
 MAX_STATUSES: Final = 8
+MAX_ECHOES: Final = 16
 MAX_MASKED: Final = 120
 MAX_TOKEN: Final = 20
 MAX_EXAMPLES: Final = 10
@@ -49,6 +53,7 @@ _PLAIN_QUOTES: Final = str.maketrans(
     dict.fromkeys("\u201c\u201d\u201e\u201f\u00ab\u00bb\u300c\u300d", '"')
     | dict.fromkeys("\u2018\u2019\u201a\u201b\u2039\u203a\u00b4", "'")
 )
+_QUOTES: Final = {"\u201c\u201d\u201e\u300c\u300d\u00ab\u00bb": b'"', "\u2018\u2019": b"'"}
 _CONTROL: Final = r"\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff"
 _UNPRINTABLE: Final = re.compile(f"[{_CONTROL}]")
 _BLANK: Final = re.compile(rf"[\s{_CONTROL}]*")
@@ -68,27 +73,42 @@ _STATUSES: Final = {
     "overloaded": {503, 529},
     "timeout": {408, 504, 522, 524, 598, 599},
     "network_error": {521, 523, 525, 526, 530},
-    "internal_error": {500, 501, 502, 507, 520},
     "invalid_request": {400, 404, 405, 406, 409, 410, 411, 412, 413, 414, 415, 416, 417, 422, 431},
+    "internal_error": {500, 501, 502, 507, 520},
 }
-_LITTLE: Final = "is|are|was|were|be|been|has|have|had|the|an?|your|you|its|this|that|their|our|does|do|did|s"
-_SPACE: Final = rf"([\s_:='-]+({_LITTLE})\b)*[\s_:='\"-]*"
-# A number at the beginning, alone or before a status name; after a word for status; in a heading; before "error".
-_STATUS: Final = r"""(?i)^\W{0,3}N\W*($|[^\w\s%]|\s?[{\[(<-]|\s(client|server)\serror|\s(?-i:[A-Z])) |
-    \b(http|status|code|error|gemini|upstream)(\s?/\d(\.\d)?|[\s_-]?(error|status|code|is|was))*[\s"'`:=#([-]{0,6}N\b |
-    ["']\s?N\s(?-i:[A-Z])|exceptions?\.\w+:\sN\b|\b(status|code)\sof\sN\b|>\s?N[<\s,:]|\(N\)\W*$|
-    \bN[\s_-](error|response|status|(client|server)\serror)\b |
-    \b(returned|got|received|with|respon\w+|failed|answered)(\s(an?|with|status|code|http))*\W{1,3}N\s*($|[^\w\s%]|from)
-""".rstrip().replace("N", r"[45]\d\d")
+"""What a number in a status's place says; of several the first of these, as wrappers answer 400 or 500 for all."""
 
+_ASKED: Final = {
+    *("location_unsupported", "provider_billing", "insufficient_credits", "permission_denied", "quota_exceeded"),
+    *("token_limit", "content_blocked", "model_not_found", "overloaded"),
+}
+_HIDES: Final = {
+    "quota_exceeded": {"provider_billing", "insufficient_credits", "overloaded", "location_unsupported"},
+    "insufficient_credits": {"provider_billing", "quota_exceeded"},
+    "permission_denied": _ASKED - {"overloaded", "token_limit"},
+    "overloaded": {"provider_billing", "permission_denied", "timeout", "network_error", "model_not_found"},
+    "timeout": {"permission_denied"},
+    "model_not_found": {"invalid_request"},
+    "invalid_request": _ASKED,
+    "internal_error": _ASKED | {"internal_error", "invalid_request", "timeout", "malformed_response", "network_error"},
+    "network_error": _ASKED | {"invalid_request", "timeout", "malformed_response"},
+}
+"""What a status is known to be sent for as well: there a specific cause in prose beats it."""
 
-def _pattern(alternatives: str) -> str:
-    """Return the RE2 pattern that `alternatives`, in the notation of `reasons.rules`, stand for."""
-    pattern = "|".join(part.strip() for part in re.split(r" \| |\n", alternatives) if part.strip(" |"))
-    pattern = re.sub("… ?", lambda _: r"(\W{1,3}\S+){0,5}[\W_]{1,3}", pattern)
-    pattern = re.sub(r" (?=\\[wS])", lambda _: _SPACE + r"[\s_-]+", pattern)
-    pattern = re.sub(r"\bnot\b", lambda _: r"(no|(do|does|did|is|was|are|were|has|have|could)?n')t", pattern)
-    return "(?i)" + pattern.replace(" ", _SPACE)
+_LITTLE: Final = frozenset(
+    b"is are was were be been being has have had the a an your you it its this that their our s does do did can ca"
+    b" could will would currently temporarily momentarily already just still also".split()
+)
+_GAP: Final = "(?:[ :=-]+)"
+_MARKS: Final = {
+    b"/models": b"/models",
+    b"openrouter": b"openrouter",
+    b"platform.openai": b"openai",
+    b"HARM_C": b"HARM_CATEGORY",
+    b"'stop'": b"STOP_OR",
+    b"'STOP'": b"STOP_OR",
+}
+"""What is left of an echo, by what is in it: the URL of a model, and what an answer may end with."""
 
 
 def _options(encoding: object) -> re2.Options:
@@ -100,25 +120,67 @@ def _options(encoding: object) -> re2.Options:
     return options
 
 
-def _load(lines: str) -> tuple[list[str], re2.Set]:
-    """Return the reasons of some rules, and the automaton that says in one pass which of them match a text."""
-    rules = re.findall(r"^(\w+):(.*(?:\n +.*)*)", lines, re.MULTILINE)
-    automaton = re2.Set.SearchSet(_LATIN1)
-    for _, alternatives in rules:
-        automaton.Add(_pattern(alternatives).encode())
-    automaton.Compile()
-    return [reason for reason, _ in rules], automaton
-
-
 _UTF8: Final = _options(re2.Options.Encoding.UTF8)
 _LATIN1: Final = _options(re2.Options.Encoding.LATIN1)
-_STAGES: Final = tuple(map(_load, (files(__package__) / "reasons.rules").read_text("utf-8").split("\n\n")[1:]))
-_STATUS_PLACES: Final = re2.compile(re.sub(r" \|\n +", "|", _STATUS).encode(), _LATIN1)
-_CONTROLS: Final = bytes(32 if byte < 32 or byte == 127 else byte for byte in range(256))
+_ECHO_SIGNS: Final = (b'"', b"'", b":", b"/", b"=", b"HARM_", b" says ")
+"""Every echo has one of them; looking for them is faster than for echoes."""
 _CODE: Final = re.compile(rb"[45]\d\d")
-# JSON inside a JSON string: its quotes and line breaks come escaped, once per level.
-_PLAIN: Final = _CONTROLS.replace(b"\\", b" ")
-_DIGITLESS: Final = _PLAIN.replace(b"123456789", b"1" * 9)
+_CONTROLS: Final = bytes(32 if byte < 32 or byte == 127 else byte for byte in range(256))
+_WORDS: Final = _CONTROLS.replace(b"\\", b" ")
+_PROSE: Final = bytes(32 if byte in b"\"'_`*" else byte for byte in _WORDS.lower())
+
+
+class _Rule(NamedTuple):
+    part: str
+    reason: str
+    pattern: str
+
+
+def _read(text: str) -> Iterator[_Rule]:
+    """Yield the rules of a text in the form of `reasons.rules`."""
+    part = reason = ""
+    for line in text.splitlines():
+        if line.startswith("["):
+            part = line.strip("[]")
+        elif not line.startswith(" "):
+            reason = line
+        elif (pattern := line.strip())[0] != "#":
+            yield _Rule(part, reason, pattern.replace("N", r"[45]\d\d") if part == "number" else pattern)
+
+
+def _whole_words(pattern: str) -> str:
+    pattern = re.sub(r"[à-ž]", lambda found: f"(?:{found[0]}|{normalize('NFD', found[0])[0]}e?)", pattern)
+    before = "" if not pattern.isascii() or re.match(r"\(?\^|\[|\\[\[(W]", pattern) else r"\b"
+    after = "" if not pattern.isascii() or re.search(r"(\$\)?|[]*}])$", pattern) else r"\b"
+    return f"{before}(?:{pattern}){after}"
+
+
+class _Rules:
+    """Some parts of the rules, as one automaton that says in one pass which of them match a text."""
+
+    def __init__(self, *parts: str, gap: str = " ") -> None:
+        self._rules = [rule for rule in _ALL if rule.part in parts]
+        self._set = re2.Set.SearchSet(_LATIN1)
+        for part, _, pattern in self._rules:
+            self._set.Add((pattern if part == "number" else _whole_words(pattern.replace(" ", gap))).encode())
+        self._set.Compile()
+
+    def matching(self, text: bytes) -> list[_Rule]:
+        """Return the rules that match, in their order."""
+        return [self._rules[index] for index in sorted(self._set.Match(text) or ())]
+
+
+def _one_of(*parts: str) -> bytes:
+    return "|".join(rule.pattern for rule in _ALL if rule.part in parts).encode()
+
+
+_ALL: Final = tuple(_read((files(__package__) / "reasons.rules").read_text("utf-8")))
+_MACHINE: Final = _Rules("answer", "code", "status", "number", "class")
+_SPECIFIC: Final = _Rules("specific", gap=_GAP)
+_GENERIC: Final = _Rules("generic", "abroad", gap=_GAP)
+_ECHOES: Final = re2.compile(_one_of("echo", "quoted"), _LATIN1)
+_QUOTED: Final = re2.compile(_one_of("quoted"), _LATIN1)
+_NUMBERS: Final = re2.compile(_one_of("number"), _LATIN1)
 
 
 def check_rule(reason: str, match: str) -> str | None:
@@ -139,17 +201,18 @@ def check_rule(reason: str, match: str) -> str | None:
 class Classifier:
     """Name the reason of a failure text; safe to share between threads."""
 
-    def __init__(self, rules: Sequence[tuple[str, str]] = ()) -> None:
-        """Take the user's rules, (reason, RE2 pattern), which come before the built-in ones.
+    def __init__(self, rules: Sequence[tuple[str, str, str]] = ()) -> None:
+        """Take the user's rules, (reason, RE2 pattern, owner), which come before the built-in ones.
 
         Raises ValueError for a rule that `check_rule` objects to.
         """
-        for reason, match in rules:
+        for reason, match, _ in rules:
             if error := check_rule(reason, match):
                 raise ValueError(error)
-        self._rules = [(reason, re2.compile(match.encode(), _UTF8)) for reason, match in rules]
+        self._rules = [(reason, re2.compile(match.encode(), _UTF8)) for reason, match, _ in rules]
         self._seen: dict[int, str] = {}
-        self.reasons = tuple(dict.fromkeys([*(reason for reason, _ in rules), *BUILT_IN]))
+        self.reasons = tuple(dict.fromkeys([*(reason for reason, *_ in rules), *BUILT_IN]))
+        self.owners = _owners(rules)
 
     def __call__(self, text: object) -> str:
         """Return the reason of a failure text, any JSON value: one of `reasons`."""
@@ -166,20 +229,74 @@ class Classifier:
         return reason
 
     def _classify(self, head: str) -> str:
+        data = head.encode("utf-8", "replace")
         if self._rules:
-            sanitised = head.encode("utf-8", "replace").translate(_CONTROLS)
+            sanitised = data.translate(_CONTROLS)
             for reason, pattern in self._rules:
                 if pattern.search(sanitised):
                     return reason
-        words = head.encode("ascii", "replace")
-        digitless = words.translate(_DIGITLESS)
-        for reasons, automaton in _STAGES:
-            if matches := automaton.Match(digitless):
-                first: int = min(matches)
-                return reasons[first]
-        places = islice(_STATUS_PLACES.finditer(words.translate(_PLAIN)), MAX_STATUSES)
+        outside, quoted = _split(data if head.isascii() else _plain_quotes(data))
+        status, final = _status(outside)
+        if final:
+            return status
+        prose = _prose(outside)
+        told = _SPECIFIC.matching(prose)
+        if status:
+            if not outside.isascii():
+                told += [rule for rule in _GENERIC.matching(prose) if rule.part == "abroad"]
+            return next((rule.reason for rule in told if rule.reason in _HIDES.get(status, ())), status)
+        if told := told or _GENERIC.matching(prose):
+            return told[0].reason
+        return _status(quoted, "class")[0] or OTHER
+
+
+def _owners(rules: Sequence[tuple[str, str, str]]) -> dict[str, str]:
+    """Return who has to act on each reason: the first rule of the user that says so decides."""
+    owners = {reason: UNKNOWN for reason, *_ in rules} | {reason: owner for reason, (owner, _) in BUILT_IN.items()}
+    return owners | {reason: owner for reason, _, owner in reversed(rules) if owner != UNKNOWN}
+
+
+def _plain_quotes(data: bytes) -> bytes:
+    for quotes, plain in _QUOTES.items():
+        for quote in quotes:
+            data = data.replace(quote.encode(), plain)
+    return data
+
+
+def _prose(data: bytes) -> bytes:
+    """Return a text as the rules of prose see it."""
+    if not data.isascii():
+        data = data.decode("utf-8", "replace").lower().encode()
+    words = data.replace(b"n't", b" not").translate(_PROSE).split()
+    return b" ".join([word for word in words if word not in _LITTLE])
+
+
+def _split(data: bytes) -> tuple[bytes, bytes]:
+    """Return a text without its echoes, and of those what may be an author's words."""
+    if not any(sign in data for sign in _ECHO_SIGNS):
+        return data, b""
+    outside, quoted, end = [], [], 0
+    for echo in islice(_ECHOES.finditer(data), MAX_ECHOES):
+        part = echo.group()
+        outside += [data[end : echo.start()], next((mark for sign, mark in _MARKS.items() if sign in part), b"")]
+        quoted += [part] if _QUOTED.match(part) else []
+        end = echo.end()
+    return (b" ".join([*outside, data[end:]]) if outside else data), b" ".join(quoted)
+
+
+def _status(data: bytes, *without: str) -> tuple[str, bool]:
+    """Return the reason that a machine's words in a text give, or "", and whether it is final."""
+    words = data.translate(_WORDS)
+    for part, reason, _ in _MACHINE.matching(words):
+        if part in without:
+            continue
+        if part != "number":
+            return reason, part in ("answer", "code")
+        places = islice(_NUMBERS.finditer(words), MAX_STATUSES)
         statuses = {int(_CODE.findall(place.group())[-1]) for place in places}
-        return next((reason for reason, known in _STATUSES.items() if known & statuses), OTHER)
+        if numbered := next((reason for reason, known in _STATUSES.items() if known & statuses), None):
+            return numbered, False
+    return "", False
 
 
 def mask(text: str) -> str:
@@ -256,12 +373,15 @@ class Report:
         if not self._counts:
             return "No failed tasks are listed.\n"
         total = self._counts.total()
-        rows = [("REASON", "COUNT", "SHARE", "EXAMPLE (MASKED)")]
+        rows = [("REASON", "OWNER", "COUNT", "SHARE", "EXAMPLE (MASKED)")]
         for reason, count in sorted(self._counts.items(), key=lambda item: (-item[1], item[0])):
             first, *more = self._examples[reason] or [""]
-            rows += [(reason, str(count), f"{count / total:.1%}", first), *(("", "", "", example) for example in more)]
+            owner = self._classify.owners[reason]
+            rows += [(reason, owner, str(count), f"{count / total:.1%}", first)]
+            rows += [("", "", "", "", example) for example in more]
         width = max(len(reason) for reason, *_ in rows)
         lines = (
-            f"{reason:{width}}  {count:>8}  {share:>6}  {example}".rstrip() for reason, count, share, example in rows
+            f"{reason:{width}}  {owner:8}  {count:>8}  {share:>6}  {example}".rstrip()
+            for reason, owner, count, share, example in rows
         )
         return "\n".join(lines) + "\n"

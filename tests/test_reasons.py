@@ -5,11 +5,13 @@ import random
 import re
 import string
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from creatify_exporter import reasons
@@ -17,19 +19,39 @@ from creatify_exporter.reasons import BUILT_IN, Classifier, Report, check_rule, 
 
 ROOT = Path(__file__).parent.parent
 DATA = Path(__file__).parent / "data"
-TEXTS = [
-    (sample["text"], sample["reason"])
-    for name in ("failure_reasons.jsonl", "failure_reasons_more.jsonl")
-    for sample in map(json.loads, (DATA / name).read_text("utf-8").splitlines())
-]
+FITTED = ("failure_reasons.jsonl", "failure_reasons_more.jsonl")
+COLLECTED = ("failure_reasons_real.jsonl", "failure_reasons_adversarial.jsonl")
+BATCHES = sorted(path.name for path in (DATA / "failure_reasons_batches").glob("batch-*.jsonl"))
+
+
+def samples(name: str) -> list[dict[str, Any]]:
+    """Return the texts of a file, with their reason and, under `also`, others that are as good."""
+    folder = DATA / "failure_reasons_batches" if name.startswith("batch-") or name == "missed.jsonl" else DATA
+    return [json.loads(line) for line in (folder / name).read_text("utf-8").splitlines()]
+
+
+TEXTS = [(sample["text"], sample["reason"]) for name in FITTED for sample in samples(name)]
+MISSED = {sample["text"] for sample in samples("missed.jsonl")}
 ANY_TEXT = st.text(st.characters(codec=None)) | st.text(st.sampled_from("\ud800\udfff\0\n\"'`\\<>{}/@ aé4291"))
 
 classify = Classifier()
 
 
-@pytest.mark.parametrize(("text", "reason"), TEXTS, ids=[f"{n}-{reason}" for n, (_, reason) in enumerate(TEXTS)])
-def test_a_known_text_gets_its_reason(text: str, reason: str) -> None:
-    assert classify(text) == reason
+@pytest.mark.parametrize("name", [*FITTED, *COLLECTED, *BATCHES])
+def test_a_known_text_gets_its_reason(name: str) -> None:
+    """The batches were measured before any rule was made for them: see their README.md."""
+    wrong = {
+        sample["text"]: reason
+        for sample in samples(name)
+        if sample["text"] not in MISSED
+        and (reason := classify(sample["text"])) != sample["reason"]
+        and reason not in sample.get("also", ())
+    }
+    assert wrong == {}
+
+
+def test_what_is_known_to_be_missed_is_little() -> None:
+    assert len(MISSED) <= 0.02 * sum(len(samples(name)) for name in BATCHES)
 
 
 @pytest.mark.parametrize("reason", sorted(set(BUILT_IN) - {"unspecified"}))
@@ -51,10 +73,10 @@ def test_any_text_gets_one_of_the_reasons_and_always_the_same(text: str) -> None
     assert reason == classify(text) == Classifier()(text)
 
 
-@pytest.mark.parametrize(("text", "reason"), TEXTS)
-def test_escaping_a_text_as_json_in_json_keeps_its_reason(text: str, reason: str) -> None:
-    if reason not in ("other", "unspecified") and len(text) > 8:
-        assert classify(json.dumps({"detail": json.dumps({"detail": text})})) == reason
+def test_escaping_a_text_as_json_in_json_keeps_its_reason() -> None:
+    named = [(text, reason) for text, reason in TEXTS if reason not in ("other", "unspecified") and len(text) > 8]
+    escaped = {text: classify(json.dumps({"detail": json.dumps({"detail": text})})) for text, _ in named}
+    assert escaped == dict(named)
 
 
 @pytest.mark.parametrize("around", ["{}\0", "\0{}", "\ud800 {} \udfff", "\u202e{}", "{} größer 漢字"])
@@ -69,7 +91,11 @@ def test_only_the_first_4096_characters_are_looked_at() -> None:
 
 def test_rules_of_the_user_come_first_and_add_reasons() -> None:
     custom = Classifier(
-        [("brand_policy", "(?i)brand safety"), ("timeout", r"^Ü.\d+ lief ab$"), ("never", "BRAND SAFETY")]
+        [
+            ("brand_policy", "(?i)brand safety", "caller"),
+            ("timeout", r"^Ü.\d+ lief ab$", "unknown"),
+            ("never", "BRAND SAFETY", "unknown"),
+        ]
     )
     assert custom.reasons == ("brand_policy", "timeout", "never", *(name for name in BUILT_IN if name != "timeout"))
     assert custom("429: Brand Safety") == "brand_policy"
@@ -109,7 +135,7 @@ def test_a_rule_is_checked_without_quoting_it(
         assert error in found
         assert "secret" not in found
         with pytest.raises(ValueError, match=re.escape(found)):
-            Classifier([(reason, match)])
+            Classifier([(reason, match, "unknown")])
     assert capfd.readouterr() == ("", "")
 
 
@@ -134,8 +160,113 @@ def test_prose_and_numbers_that_are_no_status_get_no_name(text: str) -> None:
 
 
 def test_no_built_in_rule_matches_nothing() -> None:
-    assert not any(automaton.Match(b"") for _, automaton in reasons._STAGES)
-    assert {reason for names, _ in reasons._STAGES for reason in names} == set(BUILT_IN) - {"other", "unspecified"}
+    assert reasons._MACHINE.matching(b"") == reasons._SPECIFIC.matching(b"") == reasons._GENERIC.matching(b"") == []
+    named = {rule.reason for rule in reasons._ALL if rule.part not in ("echo", "quoted", "number")}
+    assert named == set(BUILT_IN) - {"other", "unspecified"}
+
+
+def test_no_rule_of_prose_needs_a_word_that_is_left_out() -> None:
+    left_out = {word.decode() for word in reasons._LITTLE}
+    for _, _, pattern in (rule for rule in reasons._ALL if rule.part in ("specific", "generic")):
+        plain = re.sub(r"\[[^]]*]|\\.|\([^()]*\)[?*]|\{[^}]*}", " ", pattern)
+        assert not left_out & set(re.findall(r"(?<!\))\b[a-z]{2,}\b", plain)), pattern
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("safety_ratings {category: HARM_CATEGORY_HATE_SPEECH probability: NEGLIGIBLE} HTTP 500", "internal_error"),
+        ("Prompt: explain quota exceeded errors -> 500 INTERNAL", "internal_error"),
+        ("config={'timeout': 60, 'max_output_tokens': 8192} failed: 503 UNAVAILABLE", "overloaded"),
+        ("MAX_TOKENS=8192 503 UNAVAILABLE", "overloaded"),
+        ('Headline "Timed out? Try our watches": 429 RESOURCE_EXHAUSTED', "quota_exceeded"),
+        ("see https://example.com/errors/rate-limit/timeout", "other"),
+        ("finish_reason Input should be 'STOP', 'MAX_TOKENS' or 'SAFETY'", "malformed_response"),
+        ('File "/app/timeout.py", line 429, in forbidden', "other"),
+    ],
+)
+def test_an_echo_names_nothing(text: str, reason: str) -> None:
+    assert classify(text) == reason
+
+
+def test_a_status_in_quotes_counts_when_nothing_else_does() -> None:
+    assert classify('input="429 RESOURCE_EXHAUSTED"') == "quota_exceeded"
+    assert classify('input="Rate limit exceeded"') == "other"
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("429 RESOURCE_EXHAUSTED: billing is disabled", "provider_billing"),
+        ("400 INVALID_ARGUMENT: User location is not supported", "location_unsupported"),
+        ("400 INVALID_ARGUMENT: the prompt is too long", "token_limit"),
+        ("429 RESOURCE_EXHAUSTED: invalid JSON in model response", "quota_exceeded"),
+        ("503 UNAVAILABLE: the prompt is too long", "overloaded"),
+        ("504 DEADLINE_EXCEEDED: insufficient credits", "timeout"),
+    ],
+)
+def test_prose_beats_a_status_only_where_the_status_hides_causes(text: str, reason: str) -> None:
+    assert classify(text) == reason
+
+
+def test_every_reason_has_an_owner_and_a_rule_may_set_it() -> None:
+    assert set(classify.owners.values()) == {"caller", "account", "upstream", "unknown"}
+    assert tuple(classify.owners) == classify.reasons
+    custom = Classifier(
+        [
+            ("brand", "x", "unknown"),
+            ("brand", "y", "caller"),
+            ("brand", "z", "upstream"),
+            ("new", "x", "unknown"),
+            ("timeout", "t", "unknown"),
+            ("overloaded", "o", "account"),
+        ]
+    )
+    assert {reason: custom.owners[reason] for reason in ("brand", "new", "timeout", "overloaded", "other")} == {
+        "brand": "caller", "new": "unknown", "timeout": "upstream", "overloaded": "account", "other": "unknown",
+    }  # fmt: skip
+    assert set(custom.owners) == set(custom.reasons)
+
+
+UNITS = st.sampled_from(
+    [
+        *(
+            "prompt: '",
+            "error 429 ",
+            '"',
+            "'",
+            '\\"',
+            "[",
+            "{",
+            "a=",
+            "'a','b',",
+            "https://a ",
+            "/a/b ",
+            "AAA=1 ",
+            "\n",
+        ),
+        *(
+            "credits ",
+            "billing a b ",
+            "violates a ",
+            "token count ",
+            "input_value=",
+            "config={",
+            "HARM_CATEGORY_A ",
+            "é",
+        ),
+        *("漢", "n't "),
+    ]
+)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(UNITS, min_size=1, max_size=4), st.integers(0, 9999))
+def test_no_text_is_slow(units: list[str], number: int) -> None:
+    text = (f"{number} " + "".join(units) * reasons.MAX_TEXT)[: reasons.MAX_TEXT]
+    started = time.process_time()
+    assert Classifier()(text) in BUILT_IN
+    assert time.process_time() - started < 0.1
 
 
 def test_what_is_remembered_is_bounded_and_holds_no_text() -> None:
@@ -240,12 +371,12 @@ def test_the_report_counts_reasons_and_shows_masked_examples() -> None:
     ]:
         report.add(text)
     assert report.render() == (
-        "REASON             COUNT   SHARE  EXAMPLE (MASKED)\n"
-        "other                  4   44.4%  Wombat <n>\n"
-        "                                  Emu\n"
-        "quota_exceeded         2   22.2%  Rate limit <n> hit\n"
-        "unspecified            2   22.2%\n"
-        "timeout                1   11.1%  timed out\n"
+        "REASON          OWNER        COUNT   SHARE  EXAMPLE (MASKED)\n"
+        "other           unknown          4   44.4%  Wombat <n>\n"
+        "                                            Emu\n"
+        "quota_exceeded  upstream         2   22.2%  Rate limit <n> hit\n"
+        "unspecified     unknown          2   22.2%\n"
+        "timeout         upstream         1   11.1%  timed out\n"
     )
 
 
@@ -255,7 +386,7 @@ def test_the_report_shows_up_to_ten_different_texts_that_no_rule_knows() -> None
         report.add(f"wombat {letter} 1")
         report.add(f"wombat {letter} 2")
     lines = report.render().splitlines()
-    assert lines[1].split() == ["other", "52", "100.0%", "wombat", "a", "<n>"]
+    assert lines[1].split() == ["other", "unknown", "52", "100.0%", "wombat", "a", "<n>"]
     assert len(lines) == 11
 
 
@@ -266,5 +397,5 @@ def test_an_empty_report_says_so() -> None:
 def test_the_document_names_every_reason_with_its_meaning_and_an_anchor() -> None:
     document = (ROOT / "docs" / "failure-reasons.md").read_text("utf-8")
     assert re.findall(r"^### (\w+)$", document, re.MULTILINE) == list(BUILT_IN)
-    for reason, meaning in BUILT_IN.items():
-        assert f"| [`{reason}`](#{reason}) | {meaning} |\n" in document
+    for reason, (owner, meaning) in BUILT_IN.items():
+        assert f"| [`{reason}`](#{reason}) | {owner} | {meaning} |\n" in document
