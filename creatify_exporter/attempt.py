@@ -28,40 +28,52 @@ class Clock:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a listing ended: `listing` is by label, and None when it failed with `error`. Times are seconds."""
+    """How a listing ended: `listing` is by label, and None when it failed with `error`.
+
+    `refusal` is the answer that ended the asking by id before its time. `clock_offset` is this machine's clock minus
+    the API's; `ignored_credits` counts the tasks whose `credits_used` was no usable number. Times are seconds.
+    """
 
     listing: Listing | None
     error: ApiError | None
     ledger_error: LedgerError | None
+    refusal: ApiError | None
     finished: float
     finished_at: float
     duration: float
+    clock_offset: float | None
+    ignored_credits: int
 
 
 class Attempt:
-    """List a workspace once and record it.
-
-    `still` says whether the result is still wanted; when not, nothing is recorded.
-    """
+    """List a workspace once and record it; `still` says whether the result is still wanted."""
 
     def __init__(
         self, client: Client, book: Book, config: Config, classify: Classifier, clock: Clock, still: Callable[[], bool]
     ) -> None:
         self._client = client
         self._book = book
-        self._config = config
+        self._settle_at_most = config.listing.settle
         self._policy = policy(config, classify)
-        self._classify = classify
         self._clock = clock
         self._still = still
+        self._classify = classify
+        self._listing = Listing()
+        self._date: float | None = None
+        self._clock_offset: float | None = None
 
-    def run(self, *, writes: bool) -> Outcome:
-        """List, record if `writes`, and say how it ended; an error of ours fails this workspace only."""
+    def run(self, *, writes: bool = True, settles: bool = True) -> Outcome:
+        """List, ask for tasks that left the list if `settles`, record if `writes`, and say how it ended.
+
+        An error of ours fails this workspace and nothing else.
+        """
         started = self._clock.monotonic()
-        listing, draft, error = Listing(), None, None
+        draft = refusal = error = None
+        read = TaskReader(self._classify)
         try:
             draft = self._book.draft()
-            self._read(draft, listing)
+            read = TaskReader(self._classify, draft.known.slots)
+            self._list(draft, read)
         except ApiError as failure:
             error = failure
         except Exception as failure:  # noqa: BLE001 - whatever an answer sets off in our code fails its workspace only
@@ -69,28 +81,65 @@ class Attempt:
         finally:
             self._client.close()
         finished, finished_at = self._clock.monotonic(), self._clock.now()
+        if draft and not error and writes and settles:
+            refusal = self._settle(draft, read)
         ledger_error = None
         if self._still():
-            ledger_error = self.record(None if error else draft, listing) if writes else self._look_up()
+            ledger_error = self.record(None if error else draft) if writes else _attempted(self._book.read)
         known = self._book.totals.models if self._book.totals else ()
-        labelled = None if error else listing.labelled(ModelLabels(known, self._policy.max_models))
-        return Outcome(labelled, error, ledger_error, finished, finished_at, finished - started)
+        labelled = None if error else self._listing.labelled(ModelLabels(known, self._policy.max_models))
+        return Outcome(
+            labelled,
+            error,
+            ledger_error,
+            refusal,
+            finished,
+            finished_at,
+            finished - started,
+            self._clock_offset,
+            read.ignored_credits,
+        )
 
-    def record(self, draft: Draft | None, listing: Listing) -> LedgerError | None:
+    def record(self, draft: Draft | None = None) -> LedgerError | None:
         """Commit a draft, or without one what is due; return what went wrong."""
-        return _attempted(lambda: self._book.commit(draft, listing.models, self._policy, self._clock.microseconds()))
+        date = None if self._date is None else int(self._date * SECOND)
+        return _attempted(
+            lambda: self._book.commit(
+                draft, self._listing.models, self._policy, self._clock.microseconds(), date, still=self._still
+            )
+        )
 
-    def _look_up(self) -> LedgerError | None:
-        return _attempted(self._book.read)
-
-    def _read(self, draft: Draft, listing: Listing) -> None:
-        read = TaskReader(self._classify, draft.known.slots)
-        stream = self._client.tasks()
+    def _list(self, draft: Draft, read: TaskReader) -> None:
+        """Read the whole list into the listing and the draft."""
+        listing, stream = self._listing, self._client.tasks()
         for batch in stream:
+            if self._date is None and stream.date is not None:
+                self._date, self._clock_offset = stream.date, self._clock.now() - stream.date
             tasks = read(batch)
             listing.malformed += len(batch) - len(tasks)
             listing.add(draft.add(tasks))
         listing.size = stream.size
+        self._date = stream.date
+
+    def _settle(self, draft: Draft, read: TaskReader) -> ApiError | None:
+        """Ask for the unfinished tasks that left the list, each by its id; return the refusal that ended it."""
+        for task_id in draft.missing(self._settle_at_most, self._clock.microseconds()):
+            if not self._still():
+                return None
+            try:
+                record = self._client.task(task_id)
+            except ApiError as error:
+                draft.postpone(task_id)
+                if error.cause in ("auth", "rate_limited", "timeout") or error.retry_after is not None:
+                    return error
+                continue
+            if record is None:
+                draft.gone(task_id)
+            elif tasks := read([record]):
+                draft.settle(tasks[0])
+            else:
+                draft.postpone(task_id)
+        return None
 
 
 def policy(config: Config, classify: Classifier) -> Policy:

@@ -120,7 +120,7 @@ class Service:
 
 def classifier(config: Config) -> Classifier:
     """Return what names the failure reasons under `config`."""
-    return Classifier([(rule.reason, rule.match) for rule in config.failure_reasons.rules])
+    return Classifier([(rule.reason, rule.match, rule.owner) for rule in config.failure_reasons.rules])
 
 
 def access(config: Config, workspace: config_.Workspace) -> dict[str, Any]:

@@ -20,13 +20,14 @@ from creatify_exporter.metrics import WorkspaceView
 from creatify_exporter.reasons import Classifier
 from creatify_exporter.tasks import OTHER
 
-LIST, BALANCE = "text_generator", "remaining_credits"
+LIST, TASK, BALANCE = "text_generator", "text_generator_task", "remaining_credits"
 """The kinds of requests, as the label `endpoint` names them."""
 
 _BACK_OFF = 30.0
 _LONGEST_BACK_OFF = 300.0
 _MANY_FAILURES = 20
 _MANY_UNKNOWN = 0.2
+_WRONG_CLOCK = 300.0
 
 T = TypeVar("T")
 _log = structlog.get_logger(__name__)
@@ -122,7 +123,7 @@ class Workspace:
         self._started = -math.inf
         self._balance_running = False
         self._balance_up: bool | None = None
-        self._hinted = False
+        self._said: set[str] = set()
 
     def configure(self, config: Config, classify: Classifier) -> None:
         """Take a new configuration; a listing under way goes on under the former one."""
@@ -155,12 +156,14 @@ class Workspace:
             finished_at=newest.finished_at if newest else None,
             duration=newest.duration if newest else None,
             last_success=self._last_success,
+            clock_offset=newest.clock_offset if newest else None,
             totals=self._book.totals,
             balance=current.balance if current else None,
             balance_up=bool(self._balance_up) if self._config.api.remaining_credits else None,
             errors=self._tally.errors(),
             requests=self._tally.requests(),
             backoff=self._back_off.until(),
+            owners=self._classify.owners,
         )
 
     def state(self) -> "WorkspaceState":
@@ -212,8 +215,8 @@ class Workspace:
                 self._take(outcome)
             current.end()
 
-        attempt = self._attempt()
-        self._in_thread(lambda: attempt.run(writes=self._writes), take)
+        attempt, settles = self._attempt(), not self._back_off.holds(TASK)
+        self._in_thread(lambda: attempt.run(writes=self._writes, settles=settles), take)
         return current
 
     def _show_what_is_due(self) -> Round:
@@ -227,7 +230,7 @@ class Workspace:
                 _log.debug("the ledger cannot show what is due", workspace=self.name, error=str(error))
             current.end()
 
-        self._in_thread(lambda: attempt.record(None, Listing()), take)
+        self._in_thread(attempt.record, take)
         return current
 
     def _start_balance(self, current: Round) -> None:
@@ -275,9 +278,12 @@ class Workspace:
                 _log.info("listing works again", workspace=self.name)
             if outcome.ledger_error:
                 self._tally.error("ledger")
+        if outcome.refusal is not None:
+            self._back_off.take(outcome.refusal, [TASK])
         self._log_ledger(former, outcome)
+        self._log_clock(outcome.clock_offset)
         if outcome.listing:
-            self._hint(outcome.listing)
+            self._hint(outcome.listing, outcome.ignored_credits)
 
     def _log_ledger(self, former: Outcome | None, outcome: Outcome) -> None:
         if outcome.ledger_error and not (former and former.ledger_error):
@@ -285,18 +291,39 @@ class Workspace:
         elif former and former.ledger_error and not outcome.ledger_error:
             _log.info("the ledger records again", workspace=self.name)
 
-    def _hint(self, listing: Listing) -> None:
-        """Say once that many failure texts are known to no rule."""
+    def _log_clock(self, offset: float | None) -> None:
+        """Say once that this machine's clock and the API's differ, and once that they agree again."""
+        if offset is None:
+            return
+        if abs(offset) > _WRONG_CLOCK and self._first("clock"):
+            _log.warning("this machine's clock is wrong", workspace=self.name, offset_seconds=round(offset))
+        elif abs(offset) <= _WRONG_CLOCK and "clock" in self._said:
+            self._said.remove("clock")
+            _log.info("this machine's clock is right again", workspace=self.name)
+
+    def _hint(self, listing: Listing, ignored_credits: int) -> None:
+        """Say once what the user should know of the tasks themselves."""
+        if ignored_credits and self._first("credits"):
+            _log.warning(
+                "credits_used was ignored: negative, above the limit or no number",
+                workspace=self.name,
+                tasks=ignored_credits,
+            )
         failures = sum(listing.failed.values())
         unknown = sum(count for (_, reason), count in listing.failed.items() if reason == OTHER)
-        if self._hinted or failures < _MANY_FAILURES or unknown <= _MANY_UNKNOWN * failures:
-            return
-        self._hinted = True
-        _log.info(
-            "many failures have no known reason: --reasons shows examples to write rules from",
-            workspace=self.name,
-            share=round(unknown / failures, 2),
-        )
+        if failures >= _MANY_FAILURES and unknown > _MANY_UNKNOWN * failures and self._first("reasons"):
+            _log.info(
+                "many failures have no known reason: --reasons shows examples to write rules from",
+                workspace=self.name,
+                share=round(unknown / failures, 2),
+            )
+
+    def _first(self, subject: str) -> bool:
+        """Return whether this is the first time that something is said about `subject`."""
+        if subject in self._said:
+            return False
+        self._said.add(subject)
+        return True
 
     def _in_thread(self, work: Callable[[], T], take: Callable[[T], None]) -> None:
         """Run `work` in a thread of its own, and `take` its result in the event loop."""

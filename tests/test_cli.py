@@ -239,7 +239,7 @@ def test_the_log_has_nothing_less_severe_than_asked_for(capsys: Capture, level: 
 def test_reasons_prints_a_table_and_writes_nothing(capsys: Capture, api: SimulatedApi) -> None:
     assert exit_code(configured(api.url), "--reasons") == 0
     heading, *rows = capsys.readouterr().out.splitlines()
-    assert heading.split() == ["REASON", "COUNT", "SHARE", "EXAMPLE", "(MASKED)"]
+    assert heading.split() == ["REASON", "OWNER", "COUNT", "SHARE", "EXAMPLE", "(MASKED)"]
     assert rows
     assert {row.split()[0] for row in rows if not row.startswith(" ")} <= BUILT_IN.keys()
     assert os.listdir() == ["config.yaml"]

@@ -5,7 +5,9 @@ import functools
 import sqlite3
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ParamSpec
 
@@ -81,6 +83,7 @@ class Scene:
     def __init__(self, api: Upstream, directory: Path) -> None:
         self.api, self.seconds, self.path = api, 0.0, directory / "ledger.db"
         self.clock = Clock(now=lambda: 1_760_000_000 + self.seconds, monotonic=lambda: 5000 + self.seconds)
+        api.clock = self.clock.now
         self.ledger = Ledger(f"sqlite:///{self.path}")
         self.exporters: list[Service] = []
 
@@ -211,7 +214,8 @@ async def test_before_the_first_listing_is_done_nothing_is_claimed(scene: Scene)
     assert state(scene) == (False, None, None)
     scrape = await scene.scrape(timeout=0.05)
     assert scrape.value(UP) == 0
-    assert not {name for name in scrape.families if "generator" in name or "ledger_tasks" in name}
+    claims = {name for name in scrape.families if "generator" in name or "ledger_tasks" in name}
+    assert claims == {"creatify_text_generator_failure_reason_info"}
     gate.open()
     assert (await scene.scrape()).value(UP) == 1
     assert state(scene) == (True, 0, None)
@@ -551,7 +555,7 @@ async def test_a_mistake_of_ours_fails_its_workspace_and_nothing_else(
     scene.start()
     await scene.scrape()
 
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise RuntimeError("words of upstream")
 
     with monkeypatch.context() as patch, capture_logs() as logs:
@@ -565,7 +569,9 @@ async def test_a_mistake_of_ours_fails_its_workspace_and_nothing_else(
         else:
             former = getattr(Book, place)
             broken = scene.ledger.book("v")
-            patch.setattr(Book, place, lambda self, *args: fail() if self is broken else former(self, *args))
+            patch.setattr(
+                Book, place, lambda self, *args, **kwargs: fail() if self is broken else former(self, *args, **kwargs)
+            )
         scrape = await scene.scrape()
         assert scrape.value(UP, workspace="w") == 1
         assert sum(errors(scrape, "v").values()) == 1
@@ -625,6 +631,128 @@ async def test_a_hint_about_unknown_reasons_is_logged_once(scene: Scene, unknown
         await scene.scrape()
         await scene.scrape()
     assert [one["share"] for one in logs if "--reasons" in one["event"]] == [0.24] * hints
+
+
+# Tasks that left the list, clocks and credits
+
+
+def by_id(scene: Scene, **answers: Callable[[Exchange], None]) -> dict[str, int]:
+    """Answer for single tasks, by id; return how often each was asked for, as it goes on."""
+    asked: dict[str, int] = defaultdict(int)
+
+    def answer(exchange: Exchange) -> None:
+        task_id = exchange.path.rstrip("/").rpartition("/")[2]
+        if task_id == "text_generator":
+            listing(exchange)
+            return
+        asked[task_id] += 1
+        answers[task_id](exchange)
+
+    listing = scene.api.answers["w"]
+    scene.api.answers["w"] = answer
+    return asked
+
+
+def running(number: int) -> dict[str, object]:
+    return task(number, status="running", created_at=NOW)
+
+
+@asynchronous
+async def test_a_task_that_left_the_list_unfinished_is_asked_for_and_counted_once(scene: Scene) -> None:
+    scene.api.answers["w"] = tasks()
+    scene.start(api=NO_BALANCE)
+    await scene.scrape()
+    scene.api.answers["w"] = tasks(running(1))
+    await scene.scrape()
+    scene.api.answers["w"] = tasks()
+    ended = task(1, status="failed", failed_reason="429 RESOURCE_EXHAUSTED", credits_used=3, created_at=NOW)
+    asked = by_id(scene, **{str(ended["id"]): lambda exchange: exchange.reply(ended)})
+    for _ in range(3):
+        scrape = await scene.scrape()
+        assert scrape.value("creatify_text_generator_failures_total", reason="quota_exceeded") == 1
+        assert scrape.value("creatify_text_generator_credits_used_total") == 3
+        assert scrape.value("creatify_exporter_unsettled_tasks") == 0
+        assert not scrape.values("creatify_text_generator_failed_tasks", "reason"), "gauges show the list alone"
+    assert set(asked.values()) == {1}
+    requests = scrape.values("creatify_exporter_api_requests_total", "endpoint", "code")
+    assert requests["text_generator_task", "200"] == 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "asked_at_once", "unsettled", "held"),
+    [
+        (refuse(404), 3, 0, False),
+        (refuse(500), 3, 3, False),
+        (lambda exchange: exchange.reply(b"<html>"), 3, 3, False),
+        (lambda exchange: exchange.reply({"id": "another-one"}), 3, 3, False),
+        (refuse(401), 1, 3, False),
+        (refuse(403), 1, 3, False),
+        (refuse(429, Retry_After="120"), 1, 3, True),
+        (refuse(503, Retry_After="120"), 1, 3, True),
+    ],
+)
+@asynchronous
+async def test_whatever_is_answered_for_a_task_fails_no_listing_and_is_not_asked_too_often(
+    scene: Scene, answer: Callable[[Exchange], None], asked_at_once: int, unsettled: int, held: bool
+) -> None:
+    scene.api.answers["w"] = tasks(*(running(number) for number in range(3)))
+    scene.start(api=NO_BALANCE)
+    await scene.scrape()
+    scene.api.answers["w"] = tasks()
+    asked = by_id(scene, **{str(running(number)["id"]): answer for number in range(3)})
+    scrape = await scene.scrape()
+    assert (scrape.value(UP), errors(scrape), sum(asked.values())) == (1, {}, asked_at_once)
+    assert scrape.value("creatify_exporter_unsettled_tasks") == unsettled
+    backoff = scrape.values("creatify_exporter_backoff_until_timestamp_seconds", "endpoint")
+    assert backoff == ({("text_generator_task",): 1_760_000_120} if held else {})
+    if held:
+        scene.seconds = 119
+        await scene.scrape()
+        assert sum(asked.values()) == asked_at_once
+
+
+@asynchronous
+async def test_at_most_so_many_tasks_are_asked_for_after_a_listing_as_configured(scene: Scene) -> None:
+    scene.api.answers["w"] = tasks(*(running(number) for number in range(5)))
+    exporter = scene.start(api=NO_BALANCE, listing={"settle": 0})
+    await scene.scrape()
+    scene.api.answers["w"] = tasks()
+    asked = by_id(scene, **{str(running(number)["id"]): refuse(404) for number in range(5)})
+    await scene.scrape()
+    assert asked == {}
+    exporter.configure(scene.config(api=NO_BALANCE, listing={"settle": 2}))
+    for total in (2, 4, 5, 5):
+        await scene.scrape()
+        assert sum(asked.values()) == total
+
+
+@pytest.mark.parametrize("ahead", [-3 * 86400, 3 * 86400])
+@asynchronous
+async def test_a_wrong_clock_is_told_logged_once_and_loses_no_count(scene: Scene, ahead: int) -> None:
+    scene.api.clock = lambda: 1_760_000_000 + scene.seconds - ahead
+    created = datetime.fromtimestamp(1_760_000_000 - ahead, UTC).isoformat()
+    scene.api.answers["w"] = tasks()
+    scene.start(api=NO_BALANCE)
+    with capture_logs() as logs:
+        await scene.scrape()
+        scene.api.answers["w"] = tasks(task(1, created_at=created))
+        await scene.scrape()
+        scrape = await scene.scrape()
+        assert scrape.value("creatify_exporter_clock_offset_seconds") == pytest.approx(ahead, abs=1)
+        assert scrape.value(SUBMITTED) == 1
+        scene.api.clock = scene.clock.now
+        await scene.scrape()
+    assert [one["event"] for one in logs] == ["this machine's clock is wrong", "this machine's clock is right again"]
+
+
+@asynchronous
+async def test_credits_that_are_no_usable_number_are_told_once(scene: Scene) -> None:
+    scene.api.answers["w"] = tasks(task(1, credits_used=-1), task(2, credits_used=2e6), task(3, credits_used=1))
+    scene.start(api=NO_BALANCE)
+    with capture_logs() as logs:
+        await scene.scrape()
+        await scene.scrape()
+    assert [(one["event"].partition(":")[0], one["tasks"]) for one in logs] == [("credits_used was ignored", 2)]
 
 
 # Reloads and the end
@@ -797,11 +925,15 @@ def test_the_report_counts_failed_tasks_once_and_masks_their_texts(scene: Scene)
         {"id": "not usable!", "status": "failed"},
         None,
     )
-    rules = {"rules": [{"reason": "ours", "match": "own rule"}]}
+    rules = {"rules": [{"reason": "ours", "match": "own rule", "owner": "caller"}]}
     report, complete = reasons(scene.config(failure_reasons=rules))
     assert complete
     lines = [line.split() for line in report.splitlines()]
-    assert {line[0]: line[1] for line in lines[1:]} == {"other": "1", "quota_exceeded": "1", "ours": "1"}
+    assert {tuple(line[:3]) for line in lines[1:]} == {
+        ("other", "unknown", "1"),
+        ("quota_exceeded", "upstream", "1"),
+        ("ours", "caller", "1"),
+    }
     assert "the zxcvb broke at <n>" in report
     assert "12345" not in report
 

@@ -3,6 +3,7 @@
 import json
 import ssl
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -48,6 +49,9 @@ class Exchange(BaseHTTPRequestHandler):
         """Wait that long, or until the API ends."""
         self.upstream.ended.wait(seconds)
 
+    def date_time_string(self, timestamp: float | None = None) -> str:
+        return super().date_time_string(self.upstream.clock() if timestamp is None else timestamp)
+
     def do_GET(self) -> None:
         name = unquote(self.headers.get("X-API-ID", "").removeprefix("id-of-").partition(".")[0])
         path = self.path.partition("?")[0]
@@ -80,6 +84,7 @@ class Upstream:
     `connects` those to a proxy."""
 
     def __init__(self, **answers: Callable[[Exchange], None]) -> None:
+        self.clock: Callable[[], float] = time.time  # what the `Date` of an answer says
         self.answers: dict[str, Callable[[Exchange], None]] = dict(answers)
         self.balances: dict[str, Callable[[Exchange], None]] = {}
         self.requests = defaultdict[tuple[str, str], int](int)
