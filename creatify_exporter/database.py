@@ -20,6 +20,7 @@ _LOCK = 0.6
 _STATEMENT = 0.7
 _CONNECTION = 0.85
 _CONNECT_TIMEOUT = 5
+_AT_THE_END = 2.0  # a process that is told to end has 5 s
 
 # What a later listing may find cured; all else at the start is for somebody to look at.
 _SQLITE_PASSES = ("SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_FULL", "SQLITE_IOERR", "SQLITE_NOMEM", "SQLITE_INTERRUPT")
@@ -60,7 +61,7 @@ class LedgerSupersededError(LedgerError):
     """Nothing was written because nobody wants it any more; the ledger itself is fine."""
 
 
-class _Attempt:
+class _Transaction:
     """One transaction, in a thread of its own, and how far it got."""
 
     def __init__(self) -> None:
@@ -97,7 +98,7 @@ class Database:
         self._login: dict[str, Any] = {}
         self._turn = threading.Lock()
         self._fence = threading.Lock()
-        self._attempt = _Attempt()
+        self._running = _Transaction()
 
     # Transactions
 
@@ -126,16 +127,16 @@ class Database:
 
     def progress(self) -> None:
         """Take note that the database answered; to be called now and then while many rows are read."""
-        if self._attempt.abandoned:
+        if self._running.abandoned:
             raise LedgerError(f"{self._name}: the transaction was given up before")
-        self._attempt.progressed = time.monotonic()
+        self._running.progressed = time.monotonic()
 
     def _bounded(self, job: Callable[[], T]) -> T:
         """Run `job` when it is its turn, and wait for it as long as the database answers."""
-        while not self._turn.acquire(timeout=self._patience(self._attempt)):
-            if self._gives_up(self._attempt):
+        while not self._turn.acquire(timeout=self._patience(self._running)):
+            if self._gives_up(self._running):
                 raise LedgerError(self._silent)
-        attempt = self._attempt = _Attempt()
+        running = self._running = _Transaction()
         results, errors = list[T](), list[Exception]()
 
         def run() -> None:
@@ -145,34 +146,35 @@ class Database:
                 errors.append(error)
             finally:
                 self._turn.release()
-                attempt.ended.set()
+                running.ended.set()
 
         threading.Thread(target=run, name="ledger", daemon=True).start()
-        self._wait(attempt)
+        self._wait(running)
         if not errors:
             return results[0]
-        if attempt.committing and not isinstance(errors[0], LedgerError):
+        if running.committing and not isinstance(errors[0], LedgerError):
             raise LedgerUncertainError(str(self._explained(errors[0]))) from errors[0]
         raise errors[0]
 
-    def _wait(self, attempt: _Attempt) -> None:
-        """Wait for the end of `attempt` as long as the database answers; then raise LedgerError."""
-        while not attempt.ended.wait(self._patience(attempt)):
-            if self._gives_up(attempt):
-                raise LedgerUncertainError(self._silent) if attempt.committing else LedgerError(self._silent)
+    def _wait(self, running: _Transaction) -> None:
+        """Wait for the end of `running` as long as the database answers; then raise LedgerError."""
+        while not running.ended.wait(self._patience(running)):
+            if self._gives_up(running):
+                raise LedgerUncertainError(self._silent) if running.committing else LedgerError(self._silent)
 
-    def _patience(self, attempt: _Attempt) -> float:
-        return max(attempt.progressed + self._deadline - time.monotonic(), 0.001)
+    def _patience(self, running: _Transaction) -> float:
+        return max(running.progressed + self._deadline - time.monotonic(), 0.001)
 
-    def _gives_up(self, attempt: _Attempt) -> bool:
-        """Return whether `attempt` is given up, because its statement was not answered in time."""
+    def _gives_up(self, running: _Transaction) -> bool:
+        """Return whether `running` is given up, because its statement was not answered in time."""
         with self._fence:
-            if not attempt.ended.is_set() and time.monotonic() >= attempt.progressed + self._deadline:
-                attempt.abandoned = True
-            return attempt.abandoned
+            if running.ended.is_set():
+                return False
+            running.abandoned |= time.monotonic() >= running.progressed + self._deadline
+            return running.abandoned
 
     def _run(self, work: Callable[[Connection], T]) -> T:
-        attempt = self._attempt
+        running = self._running
         if self._path:
             self._look_at_the_file(self._path)
         engine = self._engine = self._engine or self._make_engine()
@@ -183,9 +185,9 @@ class Database:
         with engine.begin() as connection:
             result = work(connection)
             with self._fence:
-                if attempt.abandoned:
+                if running.abandoned:
                     raise LedgerError(f"{self._name}: the transaction was given up before its end")
-                attempt.committing = True
+                running.committing = True
         return result
 
     def _look_at_the_file(self, path: str) -> None:
@@ -373,6 +375,7 @@ class Database:
 
     def close(self) -> None:
         """Close the connections, unless the database does not answer."""
+        self._deadline = min(self._deadline, _AT_THE_END)
         engine = self._engine
         if engine:
             with suppress(LedgerError):

@@ -80,6 +80,8 @@ class Draft:
         self._credits, self._created, self._duration, self._word = array("q"), array("q"), array("q"), array("I")
         self._words: dict[tuple[str, str, str | None], int] = {}
         self._order: list[str] = []
+        self.departed: list[str] = []
+        """The ids that were listed before and are not now, once the draft is complete."""
 
     def add(self, tasks: Iterable[Task]) -> list[Task]:
         """Take in listed tasks; return them, but for those whose id this listing had before."""
@@ -105,24 +107,25 @@ class Draft:
             self._word.append(self._words.setdefault((task.model, task.status, task.reason), len(self._words)))
         return fresh
 
+    def complete(self) -> None:
+        """Do before the transaction, in which somebody waits for each answer, what takes long with a million tasks."""
+        self._order, self.departed = sorted(self._news), self.left()
+
     def changes(self) -> Iterator[list[Change]]:
         """Return the tasks whose state is news, in chunks, by id: so a B-tree takes them in half the time."""
-        words, self._order = list(self._words), sorted(self._news)
-        for ids in chunks(self._order):
-            chunk = []
-            for task_id in ids:
-                row = self._news[task_id]
-                created, duration = self._created[row], self._duration[row]
-                chunk.append(
-                    Change(
-                        task_id,
-                        *words[self._word[row]],
-                        self._credits[row],
-                        None if created == self._ABSENT else created,
-                        None if duration == self._ABSENT else duration,
-                    )
-                )
-            yield chunk
+        words = list(self._words)
+        return ([self._change(task_id, words) for task_id in ids] for ids in chunks(self._order))
+
+    def _change(self, task_id: str, words: Sequence[tuple[str, str, str | None]]) -> Change:
+        row = self._news[task_id]
+        created, duration = self._created[row], self._duration[row]
+        return Change(
+            task_id,
+            *words[self._word[row]],
+            self._credits[row],
+            None if created == self._ABSENT else created,
+            None if duration == self._ABSENT else duration,
+        )
 
     def missing(self, limit: int, now: int) -> list[str]:
         """Return up to `limit` ids to ask for now that the listing is read, longest missing first.
@@ -155,9 +158,9 @@ class Draft:
             if not seen[slot] and not (unfinished and states[slot] & 1)
         ]
 
-    def committed(self, left: Iterable[str], states: "array[int]") -> None:
+    def committed(self, states: "array[int]") -> None:
         """Remember what the ledger holds from now on; `states` are those of the changes, in their order."""
-        for task_id in left:
+        for task_id in self.departed:
             self.known.forget(task_id)
         if self.known.slots:
             for task_id, state in zip(self._order, states, strict=True):

@@ -151,22 +151,24 @@ class Book:
             clock = now - self._offset
             at = clock if date is None else date
             answered = self._first_answers(clock)
+            if draft:
+                draft.complete()
 
-            def record(tx: Connection) -> "tuple[int, Totals, list[str], array[int], bool]":
+            def record(tx: Connection) -> "tuple[int, Totals, array[int], bool]":
                 row = self._locked(tx)
                 _ask(still)
                 others = row.revision != self._revision
                 recording = Recording(tx, row, self._view(tx, row).series, policy, at, clock)
-                left, states = self._record(recording, draft, models, row) if draft else ([], array("q"))
+                states = self._record(recording, draft, models, others=others) if draft else array("q")
                 recording.show(answered)
                 if recording.finish():
                     row = self._locked(tx)
                 totals = self._view(tx, row)
                 _ask(still)
-                return row.revision, totals, left, states, others
+                return row.revision, totals, states, others
 
             try:
-                self._revision, self.totals, left, states, others = self._ledger.transact(record)
+                self._revision, self.totals, states, others = self._ledger.transact(record)
             except (_ReplacedError, LedgerUncertainError) as error:
                 self._known = None  # the next listing reads what the ledger holds
                 self._revision = 0 if isinstance(error, _ReplacedError) else self._revision
@@ -177,8 +179,21 @@ class Book:
             self._forget_answers(self.totals)
             if draft:
                 self._listed_at = at
-                draft.committed(left, states)
+                draft.committed(states)
                 self._load_now_and_then(clock)
+
+    def _record(self, recording: Recording, draft: Draft, models: Iterable[str], *, others: bool) -> "array[int]":
+        """Record a listing; return the new states of its changes."""
+        states = array("q")
+        recording.join(models)
+        for chunk in draft.changes():
+            states.extend(recording.merge(chunk))
+        if others and self._listed_at is not None:
+            recording.relist(draft.lists, self._listed_at - HOUR)
+        recording.leave(draft.departed)
+        recording.settle(draft.answers, draft.unanswered)
+        recording.prune(draft.lists)
+        return states
 
     def _load_now_and_then(self, clock: int) -> None:
         """Read anew what the ledger holds, an hour after other replicas wrote: one may have gone for good.
@@ -225,25 +240,10 @@ class Book:
             for key, first in list(self._answered.items())
         }
 
-    def _record(
-        self, recording: Recording, draft: Draft, models: Iterable[str], row: Row[Any]
-    ) -> tuple[list[str], "array[int]"]:
-        """Record a listing; return the ids that left it, and the new states of its changes."""
-        states, left = array("q"), draft.left()
-        recording.join(models)
-        for chunk in draft.changes():
-            states.extend(recording.merge(chunk))
-        if row.revision != self._revision and self._listed_at is not None:
-            recording.relist(draft.lists, self._listed_at - HOUR)
-        recording.leave(left)
-        recording.settle(draft.answers, draft.unanswered)
-        recording.prune(draft.lists)
-        return left, states
-
     def _missing(self, draft: Draft, limit: int, now: int) -> list[str]:
         """Return the ids to ask for, longest missing first; none while the ledger does not answer."""
         left = draft.left(unfinished=True)
-        if not left and not (self.totals and self.totals.unsettled):
+        if not self._ledger.up or not (left or (self.totals and self.totals.unsettled)):
             return []
         at, ours, ask_at = now - self._offset, db.tasks.c.workspace == self._name, db.tasks.c.ask_at
         # A question further away than any interval was put off by a clock that was wrong.

@@ -450,6 +450,7 @@ def test_start_and_check_say_in_their_own_words_why_a_file_cannot_be_used(
         with pytest.raises(LedgerUnusableError, match=words) as caught:
             act(open_ledger(f"sqlite:///{path}"))
         assert str(caught.value).startswith(f"ledger sqlite:///{path}: ")
+        assert "\n" not in str(caught.value)
     assert (path.read_bytes() if path.is_file() else None) == before
 
 

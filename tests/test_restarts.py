@@ -24,7 +24,7 @@ from tests.support.commands import run
 from tests.support.exporter import Exporter
 from tests.support.lister import credits_of, ends, list_once
 from tests.support.load import Scraping
-from tests.support.postgres import PASSWORD, Postgres
+from tests.support.postgres import PASSWORD, Postgres, Proxy
 from tests.support.processes import eventually
 from tests.support.prometheus import Prometheus
 from tests.support.records import counted
@@ -219,6 +219,38 @@ def test_a_database_that_is_down_at_the_start_is_waited_for(tmp_path: Path, post
         finally:
             if not postgres.running():
                 postgres.start()
+
+
+def test_a_postgresql_that_goes_silent_leaves_the_gauges_fresh_and_is_back_with_the_network(
+    tmp_path: Path, postgres: Postgres
+) -> None:
+    with Stage() as stage, Proxy(postgres.port) as proxy:
+        config = stage.config(ledger={"url": proxy.url(postgres.create_database())})
+        with Exporter(tmp_path, config=config) as exporter:
+            count_from_here(stage, exporter)
+            stage.time.jump(30)
+            before = counts(stage.wait_until_exact(exporter))
+            proxy.silence()
+            stage.time.jump(30)
+
+            def fresh_without_the_ledger() -> bool:
+                scrape = exporter.scrape()
+                listed = scrape.values(PREFIX + "tasks", "model", "status")
+                assert counts(scrape) == before
+                return (
+                    scrape.value("creatify_exporter_ledger_up") == 0
+                    and scrape.value("creatify_up") == 1
+                    and {key: n for key, n in listed.items() if n} == stage.listed()
+                )
+
+            for _ in range(2):
+                eventually(fresh_without_the_ledger, 25, "gauges are fresh, and the ledger is missed")
+                stage.time.jump(30)
+            assert exporter.get("/-/ready").status_code == 503
+            proxy.resume()
+            eventually(lambda: exporter.get("/-/ready").ok, 12, "the ledger is back")
+            stage.wait_until_exact(exporter)
+            assert "the ledger cannot record" in exporter.log()
 
 
 class FileSizeLimit:
