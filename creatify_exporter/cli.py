@@ -143,13 +143,11 @@ async def _serve(
 class _Site:
     """What the endpoints serve."""
 
-    version = __version__
-    revision = __revision__
-
     def __init__(self, service: Service, flags: argparse.Namespace) -> None:
         self.scrape = service.scrape
         self.ready = service.ready
-        self.workspaces = service.states
+        self.views = service.views
+        self.exporter_view = service.exporter_view
         self.telemetry_path: str = flags.web_telemetry_path
         self.lifecycle: bool = flags.web_enable_lifecycle
         self.reload: Any = None

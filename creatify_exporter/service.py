@@ -14,7 +14,7 @@ from creatify_exporter.config import Config
 from creatify_exporter.ledger import Ledger
 from creatify_exporter.metrics import ExporterView, WorkspaceView, render
 from creatify_exporter.reasons import Classifier
-from creatify_exporter.workspace import Round, Tally, Workspace, WorkspaceState
+from creatify_exporter.workspace import Round, Tally, Workspace
 
 _BALANCE_MOMENT = 0.1  # seconds
 
@@ -89,10 +89,6 @@ class Service:
     def views(self) -> list[WorkspaceView]:
         """Return what is known of each workspace, in the order of the configuration; starts no listing."""
         return [one.view() for one in self._workspaces.values()]
-
-    def states(self) -> list[WorkspaceState]:
-        """Return how each workspace is doing, in the order of the configuration."""
-        return [one.state() for one in self._workspaces.values()]
 
     def exporter_view(self) -> ExporterView:
         """Return what is known of the exporter itself."""

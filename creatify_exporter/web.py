@@ -1,16 +1,16 @@
-"""The endpoints: metrics, landing page, health, reload, service discovery."""
+"""The endpoints: metrics, status page, health, reload, service discovery."""
 
 import asyncio
 import base64
 import gzip
 import hashlib
-import html
 import math
 import re
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
-from urllib.parse import parse_qs, quote
+from urllib.parse import parse_qs
 
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
@@ -20,8 +20,9 @@ from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from creatify_exporter.config import ConfigError
+from creatify_exporter.metrics import ExporterView, WorkspaceView
+from creatify_exporter.status import RENEWED_EVERY, STYLE, render_page
 from creatify_exporter.webauth import Authentication, RequireUser
-from creatify_exporter.workspace import WorkspaceState
 
 OPENMETRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
 TEXT = "text/plain; version=0.0.4; charset=utf-8"
@@ -31,11 +32,7 @@ _LONGEST_SCRAPE_TIMEOUT = 3600.0
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9._-]{1,253})(:[0-9]{1,5})?")
 _TELEMETRY_PATH = re.compile(r"/([A-Za-z0-9._~-]+(/[A-Za-z0-9._~-]+)*)?")
 _OTHER_PATHS = _HEALTHY, _READY, _RELOAD, _DISCOVERY = "/-/healthy", "/-/ready", "/-/reload", "/sd"
-_STYLE = (
-    "body{font:16px/1.5 sans-serif;margin:2em auto;max-width:50em;padding:0 1em}"
-    "table{border-collapse:collapse}th,td{border-bottom:1px solid #ccc;padding:.3em 1.5em .3em 0;text-align:left}"
-)
-_STYLE_HASH = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
+_STYLE_HASH = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
 _SECURITY_HEADERS = {
     "Content-Security-Policy": f"default-src 'none'; style-src 'sha256-{_STYLE_HASH}'; base-uri 'none'; "
     "form-action 'none'; frame-ancestors 'none'",
@@ -53,11 +50,12 @@ class Site(Protocol):
 
     telemetry_path: str
     lifecycle: bool
-    version: str
-    revision: str
 
-    def workspaces(self) -> Sequence[WorkspaceState]:
-        """Return the configured workspaces in their order."""
+    def views(self) -> Sequence[WorkspaceView]:
+        """Return what is known of each workspace, in the order of the configuration; starts no listing."""
+
+    def exporter_view(self) -> ExporterView:
+        """Return what is known of the exporter itself."""
 
     async def scrape(
         self, names: frozenset[str] | None, timeout: float, openmetrics: bool, *, seen: bool = True
@@ -81,12 +79,15 @@ def parse_telemetry_path(text: str) -> str:
     return text
 
 
-def application(site: Site, authentication: Authentication, timeout_offset: float = 0.5) -> ASGIApp:
+def application(
+    site: Site, authentication: Authentication, timeout_offset: float = 0.5, now: Callable[[], float] = time.time
+) -> ASGIApp:
     """Return the endpoints of `site` as an ASGI application that answers every request and never raises.
 
-    `timeout_offset` is what an answer has to leave before Prometheus' own scrape timeout, in seconds.
+    `timeout_offset` is what an answer has to leave before Prometheus' own scrape timeout, in seconds; `now` tells the
+    time in epoch seconds.
     """
-    endpoints = _Endpoints(site, timeout_offset)
+    endpoints = _Endpoints(site, timeout_offset, now)
     routes = [
         Route(_HEALTHY, endpoints.healthy),
         Route(_READY, endpoints.ready),
@@ -96,7 +97,7 @@ def application(site: Site, authentication: Authentication, timeout_offset: floa
     path = site.telemetry_path
     routes.append(Route(path, endpoints.metrics))
     if path != "/":
-        routes.append(Route("/", endpoints.landing))
+        routes.append(Route("/", endpoints.status))
     return _Shell(RequireUser(Router(routes, redirect_slashes=False), authentication))
 
 
@@ -127,8 +128,9 @@ class _Shell:
 
 
 class _Endpoints:
-    def __init__(self, site: Site, timeout_offset: float) -> None:
+    def __init__(self, site: Site, timeout_offset: float, now: Callable[[], float]) -> None:
         self._site = site
+        self._now = now
         self._timeout_offset = timeout_offset
         self._compressor = ThreadPoolExecutor(1, thread_name_prefix="gzip")
         self._compressing: tuple[bytes, asyncio.Future[bytes] | None] = (b"", None)
@@ -136,7 +138,7 @@ class _Endpoints:
     async def metrics(self, request: Request) -> Response:
         query = parse_qs(request.scope["query_string"].decode("utf-8", "replace"), keep_blank_values=True)
         names = frozenset(query["workspace"]) if "workspace" in query else None
-        if names and not names <= {workspace.name for workspace in self._site.workspaces()}:
+        if names and not names <= {workspace.name for workspace in self._site.views()}:
             return PlainTextResponse("unknown workspace\n", 404)
         openmetrics = prefers_openmetrics(",".join(request.headers.getlist("accept")))
         timeout = scrape_timeout(request.headers.get("x-prometheus-scrape-timeout-seconds"), self._timeout_offset)
@@ -180,12 +182,15 @@ class _Endpoints:
                     "targets": [host],
                     "labels": {"__param_workspace": one.name, "instance": f"{host}/{one.name}"} | labels,
                 }
-                for one in self._site.workspaces()
+                for one in self._site.views()
             ]
         )
 
-    async def landing(self, _request: Request) -> Response:
-        return HTMLResponse(_landing_page(self._site))
+    async def status(self, request: Request) -> Response:
+        paused = request.scope["query_string"] == b"pause"
+        views, exporter, metrics = self._site.views(), self._site.exporter_view(), self._site.telemetry_path.lstrip("/")
+        page = await asyncio.to_thread(render_page, views, exporter, metrics=metrics, now=self._now(), paused=paused)
+        return HTMLResponse(page, headers={} if paused else {"Refresh": str(RENEWED_EVERY)})
 
 
 def scrape_timeout(header: str | None, offset: float) -> float:
@@ -250,29 +255,3 @@ def local_host(address: str) -> str:
     if address in {"::", "0.0.0.0"}:  # noqa: S104 - compared, not bound
         return "localhost"
     return f"[{address}]" if ":" in address else address
-
-
-def _landing_page(site: Site) -> str:
-    metrics = html.escape(site.telemetry_path.lstrip("/"))
-    rows = "".join(
-        f'<tr><td><a href="{metrics}?workspace={quote(one.name, safe="")}">{html.escape(one.name)}</a></td>'
-        f"<td>{html.escape(_state(one))}</td><td>{'' if one.age is None else f'{one.age:.0f} s ago'}</td></tr>"
-        for one in site.workspaces()
-    )
-    version = html.escape(f"{site.version} ({site.revision})")
-    return (
-        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>Creatify exporter</title>'
-        f"<style>{_STYLE}</style></head><body><h1>Creatify exporter</h1><p>Version {version}</p>"
-        "<table><thead><tr><th>Workspace</th><th>State</th><th>Last listing</th></tr></thead>"
-        f'<tbody>{rows}</tbody></table><ul><li><a href="{metrics}">Metrics</a></li>'
-        '<li><a href="-/healthy">Healthy</a></li><li><a href="-/ready">Ready</a></li>'
-        '<li><a href="sd">Service discovery</a></li></ul></body></html>\n'
-    )
-
-
-def _state(workspace: WorkspaceState) -> str:
-    if workspace.up is None:
-        return "waiting for the first listing"
-    if workspace.up:
-        return "up"
-    return f"down ({workspace.cause})" if workspace.cause else "down"

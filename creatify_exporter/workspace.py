@@ -6,7 +6,6 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import TypeVar
 
 import structlog
@@ -165,14 +164,6 @@ class Workspace:
             backoff=self._back_off.until(),
             owners=self._classify.owners,
         )
-
-    def state(self) -> "WorkspaceState":
-        """Return how the workspace is doing."""
-        newest = self._newest
-        if newest is None:
-            return WorkspaceState(self.name, None, None, None)
-        cause = newest.error.cause if newest.error else None
-        return WorkspaceState(self.name, self._up, self._clock.monotonic() - newest.finished, cause)
 
     def answered(self, view: WorkspaceView) -> None:
         """Take note that an answer carries the series of `view`."""
@@ -336,13 +327,3 @@ class Workspace:
 
         # Not a pool: a thread that hangs must block neither the others nor the end of the process.
         threading.Thread(target=run, name=f"listing {self.name}", daemon=True).start()
-
-
-@dataclass(frozen=True, slots=True)
-class WorkspaceState:
-    """How a workspace is doing: `up` is None before the first listing ended, `age` the seconds since the newest did."""
-
-    name: str
-    up: bool | None
-    age: float | None
-    cause: str | None

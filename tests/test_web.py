@@ -1,6 +1,8 @@
 """The endpoints, asked in this process; the server around them is test_web_process.py's subject."""
 
+import base64
 import gzip
+import hashlib
 import json
 import re
 
@@ -12,6 +14,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from starlette.types import ASGIApp
 
 from creatify_exporter.config import ConfigError
+from creatify_exporter.metrics import WorkspaceView
 from creatify_exporter.web import (
     OPENMETRICS,
     TEXT,
@@ -23,7 +26,7 @@ from creatify_exporter.web import (
 )
 from creatify_exporter.webauth import Authentication
 from tests.support.asgi import ask_once, header
-from tests.support.webhost import FakeSite, workspace
+from tests.support.webhost import FakeSite
 
 PROMETHEUS_2_42 = (
     "application/openmetrics-text;version=1.0.0,application/openmetrics-text;version=0.0.1;q=0.75,"
@@ -39,7 +42,6 @@ PROMETHEUS_3_PROTOBUF = (
 )
 PROMETHEUS_3_CLASSIC = "text/plain;version=0.0.4;q=0.6,application/openmetrics-text;version=1.0.0;q=0.5,*/*;q=0.2"
 BROWSER = "text/html,application/xhtml+xml,application/xml;q=0.9,image/avif,image/webp,*/*;q=0.8"
-MARKUP = "<script>alert(1)</script>"
 
 
 def app_of(site: FakeSite) -> ASGIApp:
@@ -97,7 +99,7 @@ class TestRoutes:
         assert ask_once(app, "/metrics").status == 404
         assert '<a href="deep/er">' in ask_once(app, "/").text
 
-    def test_a_telemetry_path_of_the_root_takes_the_place_of_the_landing_page(self) -> None:
+    def test_a_telemetry_path_of_the_root_takes_the_place_of_the_status_page(self) -> None:
         assert ask_once(app_of(FakeSite(telemetry_path="/")), "/").body == b"creatify_up 1\n"
 
     @pytest.mark.parametrize("path", ["", "metrics", "//evil", "/a//b", "/{x}", "/a b", "/a?b", "/sd", "/-/reload"])
@@ -293,7 +295,7 @@ class TestServiceDiscovery:
         ]
 
     def test_path_and_scheme_are_told_where_prometheus_would_not_guess_them(self) -> None:
-        site = FakeSite(telemetry_path="/m", states=[workspace("a")])
+        site = FakeSite(telemetry_path="/m", workspaces=[WorkspaceView(name="a")])
         answer = ask_once(app_of(site), "/sd", ("Host", "e"), scheme="https")
         assert json.loads(answer.body)[0]["labels"] == {
             "__param_workspace": "a",
@@ -324,32 +326,25 @@ class TestServiceDiscovery:
         assert json.loads(answer.body)[0]["targets"] == [target]
 
 
-class TestLandingPage:
-    def test_it_shows_the_state_of_each_workspace(self) -> None:
-        states = [
-            workspace("first"),
-            workspace("second", up=False, age=61.4, cause="timeout"),
-            workspace("third", up=False, age=400),
-            workspace("fourth", up=None, age=None),
-        ]
-        page = ask_once(app_of(FakeSite(states=states)), "/").text
-        assert re.findall(r"<td>(?:<a[^>]*>)?([^<]*)(?:</a>)?</td>", page) == [
-            *("first", "up", "1 s ago"),
-            *("second", "down (timeout)", "61 s ago"),
-            *("third", "down", "400 s ago"),
-            *("fourth", "waiting for the first listing", ""),
-        ]
-        assert "Version 1.2.3 (abc)" in page
+class TestStatusPage:
+    def test_it_is_renewed_unless_it_is_paused_and_starts_no_listing(self) -> None:
+        site = FakeSite()
+        answers = [ask_once(app_of(site), "/", query=query) for query in (b"", b"pause")]
+        assert [answer.headers.get("refresh") for answer in answers] == ["30", None]
+        assert [answer.headers["content-type"] for answer in answers] == ["text/html; charset=utf-8"] * 2
+        assert site.scrapes == []
 
     def test_it_links_to_every_endpoint(self) -> None:
         app = app_of(FakeSite())
-        links = re.findall(r'href="([^"?]*)', ask_once(app, "/").text)
-        assert {"metrics", "-/healthy", "-/ready", "sd"} == set(links)
-        assert [ask_once(app, f"/{link}").status for link in links] == [200] * len(links)
+        links = set(re.findall(r'href="([^"?:]*)[?"]', ask_once(app, "/").text))
+        assert links >= {"metrics", "-/healthy", "-/ready", "sd"}
+        assert [ask_once(app, f"/{link}").status for link in links if link and link != "./"] == [200] * 4
 
-    def test_text_from_outside_stays_text(self) -> None:
-        site = FakeSite(states=[workspace(MARKUP, up=False, cause=MARKUP)], version=MARKUP, revision=MARKUP)
-        page = ask_once(app_of(site), "/").text
-        assert "<script" not in page
-        assert page.count("&lt;script&gt;") == 4
-        assert "?workspace=%3Cscript%3Ealert%281%29%3C%2Fscript%3E" in page
+    def test_the_policy_allows_its_style_and_nothing_else(self) -> None:
+        answer = ask_once(app_of(FakeSite()), "/")
+        [style] = re.findall(r"<style>(.*?)</style>", answer.text, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+        policy = (
+            "default-src 'none'; style-src 'sha256-{}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        )
+        assert answer.headers["content-security-policy"] == policy.format(digest)

@@ -18,17 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from creatify_exporter.config import ConfigError, Tls
+from creatify_exporter.metrics import ExporterView, WorkspaceView
 from creatify_exporter.server import WebServer, parse_listen_address
 from creatify_exporter.web import application
 from creatify_exporter.webauth import Authentication
-from creatify_exporter.workspace import WorkspaceState
 
 ROOT = Path(__file__).absolute().parents[2]
 
 
-def workspace(name: str, up: bool | None = True, age: float | None = 1.0, cause: str | None = None) -> WorkspaceState:
-    """Return a workspace that is well, or as told."""
-    return WorkspaceState(name, up, age, cause)
+EXPORTER = ExporterView(True, True, 1_795_500_000.0, "1.2.3", "abc", "3.11.7")
 
 
 @dataclass
@@ -37,9 +35,8 @@ class FakeSite:
 
     telemetry_path: str = "/metrics"
     lifecycle: bool = False
-    version: str = "1.2.3"
-    revision: str = "abc"
-    states: Sequence[WorkspaceState] = (workspace("marketing"), workspace("sales"))
+    workspaces: Sequence[WorkspaceView] = (WorkspaceView(name="marketing"), WorkspaceView(name="sales"))
+    exporter: ExporterView = EXPORTER
     body: bytes = b"creatify_up 1\n"
     failure: Exception | None = None
     is_ready: bool = True
@@ -47,8 +44,11 @@ class FakeSite:
     seen: list[bool] = field(default_factory=list)
     reloads: int = 0
 
-    def workspaces(self) -> Sequence[WorkspaceState]:
-        return self.states
+    def views(self) -> Sequence[WorkspaceView]:
+        return self.workspaces
+
+    def exporter_view(self) -> ExporterView:
+        return self.exporter
 
     async def scrape(
         self, names: frozenset[str] | None, timeout: float, openmetrics: bool, *, seen: bool = True
@@ -70,7 +70,7 @@ class FakeSite:
 
 async def _host(settings: Mapping[str, Any]) -> None:
     site = FakeSite(
-        states=[workspace(name) for name in settings.get("workspaces", ["marketing", "sales"])],
+        workspaces=[WorkspaceView(name=name) for name in settings.get("workspaces", ["marketing", "sales"])],
         body=b"# a line of sixty-four bytes, as many of them as were asked for\n" * settings.get("lines", 1000),
     )
     tls = settings.get("tls")
