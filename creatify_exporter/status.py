@@ -27,6 +27,7 @@ RENEWED_EVERY = 30
 _STATUSES = ("done", "failed", "running", "pending", "unknown")
 _SHORTEST_RATE = 3600.0  # seconds of counting before a rate is told
 _LATEST_EMPTY = 366 * 86400.0
+_LONGEST_IN_HEADLINE = 40
 _UNITS = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
 _WHY_DOWN = {
     "auth": "The API refuses the credentials. Check api_id and api_key.",
@@ -237,9 +238,9 @@ def _verdict(cards: Sequence[Card], exporter: ExporterView) -> tuple[str, str, s
         details.append("The last reload was refused: the former configuration is in force, the log tells why.")
     detail = " ".join(details)
     if broken == len(cards):
-        return "bad", "No workspace works" if broken > 1 else f"{cards[0].name} does not work", detail
+        return "bad", "No workspace works" if broken > 1 else f"{_short(cards[0].name)} does not work", detail
     if broken:
-        names = ", ".join(card.name for card in cards[: min(broken, 3)]) + (" and more" if broken > 3 else "")
+        names = ", ".join(_short(card.name) for card in cards[: min(broken, 3)]) + (" and more" if broken > 3 else "")
         return "bad", f"{broken} of {len(cards)} workspaces not working: {names}", detail
     if not exporter.ledger_up:
         return "bad", "Listings work, but nothing is being counted", detail
@@ -247,6 +248,10 @@ def _verdict(cards: Sequence[Card], exporter: ExporterView) -> tuple[str, str, s
         return "waiting", "Waiting for the first listing", detail or _WAITING
     well = "The workspace works" if len(cards) == 1 else f"All {len(cards)} workspaces work"
     return ("warning" if details else "good"), well, detail
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= _LONGEST_IN_HEADLINE else f"{name[: _LONGEST_IN_HEADLINE - 1]}…"
 
 
 def _by_model(listing: Listing) -> dict[str, Tasks]:

@@ -3,6 +3,7 @@
 import re
 import time
 from html.parser import HTMLParser
+from typing import Any
 
 import pytest
 
@@ -16,18 +17,20 @@ class _Text(HTMLParser):
 
     def __init__(self) -> None:
         super().__init__()
-        self.words: list[str] = []
+        self.shown = ""
         self._style = False
 
     def handle_starttag(self, tag: str, _attrs: list[tuple[str, str | None]]) -> None:
         self._style = tag == "style"
+        self.shown += "" if tag == "wbr" else " "
 
     def handle_endtag(self, _tag: str) -> None:
         self._style = False
+        self.shown += " "
 
     def handle_data(self, data: str) -> None:
         if not self._style:
-            self.words += data.split()
+            self.shown += data
 
 
 def page(state: str, *, paused: bool = False) -> str:
@@ -38,7 +41,7 @@ def page(state: str, *, paused: bool = False) -> str:
 def text(state: str) -> str:
     parser = _Text()
     parser.feed(page(state))
-    return " ".join(parser.words)
+    return " ".join(parser.shown.split())
 
 
 @pytest.mark.parametrize(
@@ -114,7 +117,7 @@ def test_each_reason_says_who_has_to_act() -> None:
         ({"totals": totals(["a"], 0.001, {})}, None),
     ],
 )
-def test_when_credits_run_out_is_told_only_where_it_can_be(changes: dict[str, object], empty_in: float | None) -> None:
+def test_when_credits_run_out_is_told_only_where_it_can_be(changes: dict[str, Any], empty_in: float | None) -> None:
     [card] = page_of([well(**changes)], EXPORTER, metrics="metrics", now=NOW, paused=False).cards
     assert card.empty_in == pytest.approx(empty_in)
 
