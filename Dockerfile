@@ -16,7 +16,7 @@ RUN sed -i "s/[$]Format:%H[$]/$REVISION/" creatify_exporter/__init__.py \
  && pip --python /opt/creatify-exporter install --no-cache-dir --no-deps --no-index /wheels/*.whl
 
 FROM python:${PYTHON_VERSION}-slim
-ARG VERSION=0.1.0
+ARG VERSION=0.2.0
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="creatify-exporter" \
       org.opencontainers.image.description="Prometheus exporter for Creatify's text generator" \

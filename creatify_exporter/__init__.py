@@ -6,7 +6,7 @@ import sys
 if sys.version_info < (3, 11):  # noqa: UP036
     sys.exit("creatify-exporter needs Python 3.11 or later; this is Python " + sys.version.split()[0])
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # `git archive` puts the commit here (.gitattributes), and so does the build of the image.
 _COMMIT = "$Format:%H$"

@@ -23,6 +23,8 @@ PACKAGES = {
     "postgres": "postgresql",
     "initdb": "postgresql",
     "chromium": "chromium",
+    "systemd-analyze": "systemd",
+    "kubectl": "kubernetes-client",
 }
 
 
