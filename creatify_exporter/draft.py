@@ -62,12 +62,12 @@ class Change(msgspec.Struct, gc=False):
 class Draft:
     """What one listing would change in the ledger; nothing is written before `Book.commit`.
 
-    `ask` finds the tasks to ask for by id, given the draft, the most it may return, and the time.
+    `ask` finds the tasks to ask for by id, given the draft, the most it may return, and the times of `missing`.
     """
 
     _ABSENT = -(2**63)
 
-    def __init__(self, known: Known, ask: "Callable[[Draft, int, int], list[str]] | None" = None) -> None:
+    def __init__(self, known: Known, ask: "Callable[[Draft, int, int, int | None], list[str]] | None" = None) -> None:
         self.known = known
         self.answers: dict[str, Change | None] = {}
         """What the API said of tasks asked for by id; None: it has no such task."""
@@ -127,13 +127,13 @@ class Draft:
             None if duration == self._ABSENT else duration,
         )
 
-    def missing(self, limit: int, now: int) -> list[str]:
+    def missing(self, limit: int, now: int, date: int | None = None) -> list[str]:
         """Return up to `limit` ids to ask for now that the listing is read, longest missing first.
 
-        They are known, unfinished and not in this listing, and were not asked for a while ago. Never raises
-        LedgerError: while the ledger does not answer there is nothing to ask for.
+        They are known, unfinished and not in this listing, and were not asked for a while ago. `now` and `date` are as
+        in `Book.commit`. Never raises LedgerError: while the ledger does not answer there is nothing to ask for.
         """
-        return self._ask(self, limit, now) if self._ask and limit > 0 else []
+        return self._ask(self, limit, now, date) if self._ask and limit > 0 else []
 
     def settle(self, task: Task) -> None:
         """Take in a task that was read by its id; unless it is at its end, it is asked for again later."""

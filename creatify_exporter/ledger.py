@@ -240,12 +240,13 @@ class Book:
             for key, first in list(self._answered.items())
         }
 
-    def _missing(self, draft: Draft, limit: int, now: int) -> list[str]:
+    def _missing(self, draft: Draft, limit: int, now: int, date: int | None) -> list[str]:
         """Return the ids to ask for, longest missing first; none while the ledger does not answer."""
         left = draft.left(unfinished=True)
         if not self._ledger.up or not (left or (self.totals and self.totals.unsettled)):
             return []
-        at, ours, ask_at = now - self._offset, db.tasks.c.workspace == self._name, db.tasks.c.ask_at
+        at = now - self._offset if date is None else date
+        ours, ask_at = db.tasks.c.workspace == self._name, db.tasks.c.ask_at
         # A question further away than any interval was put off by a clock that was wrong.
         due = sa.select(db.tasks.c.id).where(ours, (ask_at <= at) | (ask_at > at + LONGEST_INTERVAL))
         unfinished = db.tasks.c.finished.is_(None) & db.tasks.c.unlisted_since.is_(None)

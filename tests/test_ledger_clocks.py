@@ -119,6 +119,16 @@ def test_a_missing_task_is_asked_for_again_soon_after_the_clock_is_right(book: B
     assert counted(book)["m", "finished", "done"] == 1
 
 
+@pytest.mark.parametrize("offset", WRONG)
+def test_a_step_of_the_clock_asks_nobody_sooner(book: Book, offset: int) -> None:
+    wrong(book, [record("a", "running", created=0)], 0, 0)
+    asked = [
+        commit_asking(book, [], {}, at=at * SECOND + step, date=at * SECOND)[1]
+        for at, step in ((1, 0), (20, offset), (31, offset), (60, 0), (91, offset))
+    ]
+    assert asked == [["a"], [], ["a"], [], ["a"]]
+
+
 def test_a_floor_of_the_future_loses_nothing_once_the_api_says_the_time(book: Book) -> None:
     """As version 0.1.0 left it when its clock was ahead at the baseline."""
     commit(book, [], at=3 * DAY)

@@ -249,7 +249,8 @@ class Machine(RuleBasedStateMachine):
         draft, read = book.draft(), TaskReader(classify)
         draft.add(read(fact.record() for fact in facts))
         known = {fact.id: fact for fact in (*self.facts, *self.gone)}
-        asked = draft.missing(3, now + self.skew)
+        date = now if self.dated else None
+        asked = draft.missing(3, now + self.skew, date)
         answers = []
         for task_id in asked:
             if task_id in self.silent:
@@ -262,7 +263,7 @@ class Machine(RuleBasedStateMachine):
         self.under_way = Committed(now, self.absolute(facts), self.absolute(answers)), asked
         at_commit()
         models = list(dict.fromkeys(fact.model for fact in facts))
-        book.commit(draft, models, self.policy, now + self.skew, now if self.dated else None)
+        book.commit(draft, models, self.policy, now + self.skew, date)
 
     def committed(self, one: Committed, asked: Sequence[str]) -> None:
         """Take note of a committed listing, and of what was asked for in it."""

@@ -72,7 +72,8 @@ def commit_asking(
     """
     draft, listing, read = book.draft(), Listing(), TaskReader(classify)
     listing.add(draft.add(read(records)))
-    asked = draft.missing(settle, START + at)
+    api_time = None if date is None else START + date
+    asked = draft.missing(settle, START + at, api_time)
     for task_id in asked:
         if task_id not in by_id:
             draft.postpone(task_id)
@@ -80,7 +81,7 @@ def commit_asking(
             draft.settle(read_task(one))
         else:
             draft.gone(task_id)
-    book.commit(draft, listing.models, policy, START + at, None if date is None else START + date)
+    book.commit(draft, listing.models, policy, START + at, api_time)
     return listing, asked
 
 
