@@ -142,6 +142,7 @@ def test_a_clock_that_differs_a_little_is_not_corrected(book: Book) -> None:
     commit(book, [], policy=HELD, date=0)
     commit(book, tasks, at=240 * SECOND, date=SECOND, policy=HELD)
     shown(book, now=241 * SECOND)
+    commit(book, tasks, at=400 * SECOND, date=160 * SECOND, policy=HELD)
     commit(book, tasks, at=420 * SECOND, date=419 * SECOND, policy=HELD)
     assert shown(book)["new", "submitted", ""] == 0
     commit(book, tasks, at=421 * SECOND, date=420 * SECOND, policy=HELD)
