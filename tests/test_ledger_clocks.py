@@ -27,7 +27,7 @@ def wrong(book: Book, records: list[Record], date: int, offset: int, **options: 
     commit(book, records, at=date + offset, date=date, **options)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("offset", WRONG)
+@pytest.mark.parametrize("offset", [*WRONG, pytest.param(240 * SECOND, id="+4 minutes")])
 def test_a_baseline_taken_by_a_wrong_clock_loses_no_task_and_counts_no_old_one(book: Book, offset: int) -> None:
     wrong(book, [], 0, offset)
     tasks = [record(f"new-{n}", created=n * SECOND) for n in range(5)]
