@@ -253,10 +253,7 @@ class _Answer:
             self._read_on(pieces)
             raise self.payload(f"{self._meter.what} is malformed: {error}") from None
         finally:
-            complete = self._response.isclosed()
             self._response.close()
-            if not complete:
-                self._call.close()
 
     def _read_on(self, pieces: Iterator[bytes]) -> None:
         """Read the rest: a body that is too large is that in the first place, whatever it consists of."""
