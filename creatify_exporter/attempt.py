@@ -59,7 +59,7 @@ class Attempt:
         self._still = still
         self._classify = classify
         self._listing = Listing()
-        self._date: float | None = None
+        self._date: int | None = None  # of the API, microseconds
         self._clock_offset: float | None = None
 
     def run(self, *, writes: bool = True, settles: bool = True) -> Outcome:
@@ -78,11 +78,10 @@ class Attempt:
             error = failure
         except Exception as failure:  # noqa: BLE001 - whatever an answer sets off in our code fails its workspace only
             error = ApiError("payload", f"the list could not be read ({type(failure).__name__})")
-        finally:
-            self._client.close()
         finished, finished_at = self._clock.monotonic(), self._clock.now()
         if draft and not error and writes and settles:
             refusal = self._settle(draft, read)
+        self._client.close()
         ledger_error = None
         if self._still():
             ledger_error = self.record(None if error else draft) if writes else _attempted(self._book.read)
@@ -102,28 +101,29 @@ class Attempt:
 
     def record(self, draft: Draft | None = None) -> LedgerError | None:
         """Commit a draft, or without one what is due; return what went wrong."""
-        date = None if self._date is None else int(self._date * SECOND)
-        return _attempted(
-            lambda: self._book.commit(
-                draft, self._listing.models, self._policy, self._clock.microseconds(), date, still=self._still
-            )
-        )
+        models, now = self._listing.models, self._clock.microseconds()
+        return _attempted(lambda: self._book.commit(draft, models, self._policy, now, self._date, still=self._still))
 
     def _list(self, draft: Draft, read: TaskReader) -> None:
         """Read the whole list into the listing and the draft."""
         listing, stream = self._listing, self._client.tasks()
         for batch in stream:
-            if self._date is None and stream.date is not None:
-                self._date, self._clock_offset = stream.date, self._clock.now() - stream.date
+            self._compare_clocks(stream.date)
             tasks = read(batch)
             listing.malformed += len(batch) - len(tasks)
             listing.add(draft.add(tasks))
+        self._compare_clocks(stream.date)
         listing.size = stream.size
-        self._date = stream.date
+
+    def _compare_clocks(self, date: float | None) -> None:
+        """Take the API's time of the answer, the first time that it is known."""
+        if self._date is None and date is not None:
+            self._date = int(date * SECOND)
+            self._clock_offset = self._clock.now() - date
 
     def _settle(self, draft: Draft, read: TaskReader) -> ApiError | None:
         """Ask for the unfinished tasks that left the list, each by its id; return the refusal that ended it."""
-        for task_id in draft.missing(self._settle_at_most, self._clock.microseconds()):
+        for task_id in draft.missing(self._settle_at_most, self._clock.microseconds(), self._date):
             if not self._still():
                 return None
             try:
