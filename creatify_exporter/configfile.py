@@ -204,12 +204,10 @@ def _parsed(data: bytes) -> object:
         if isinstance(node, yaml.SequenceNode):
             return [plain(item) for item in node.value]
         if isinstance(node, yaml.MappingNode):
-            names = [str(key.value) if isinstance(key, yaml.ScalarNode) else "\n" for key, _ in node.value]
-            mapping = {
-                name if name.isprintable() else "": plain(value)
-                for name, (_, value) in zip(names, node.value, strict=True)
-            }
-            return mapping | {name: ValueError("is given twice") for name, n in Counter(names).items() if n > 1}
+            names = [key.value if isinstance(key, yaml.ScalarNode) else "" for key, _ in node.value]
+            names = [name if name.isprintable() else "" for name in names]
+            twice = {name: ValueError("is given twice") for name, count in Counter(names).items() if name and count > 1}
+            return {name: plain(value) for name, (_, value) in zip(names, node.value, strict=True)} | twice
         return None if node.tag.endswith(":null") else node.value
 
     try:

@@ -439,6 +439,10 @@ class TestValues:
     def test_a_workspace_can_have_any_name_that_a_label_shows(self, path: Path, name: str) -> None:
         assert load(written(path, LEAST.replace("name: a", f'name: "{name}"')), {}).workspaces[0].name == name
 
+    def test_a_setting_is_not_compared_with_one_that_is_wrong(self, path: Path) -> None:
+        error = refusal(path, f"{LEAST}listing: {{min_interval: soon, max_age: 500ms}}\napi: {{base_url: x}}")
+        assert [at for at, _ in error.errors] == ["api.base_url", "listing.min_interval"]
+
     def test_http_to_another_host_is_allowed_by_a_key_of_its_own(self, path: Path) -> None:
         text = f"{LEAST}api: {{base_url: 'http://x', allow_http: yes}}"
         assert load(written(path, text), {}).api.base_url == "http://x"
