@@ -43,6 +43,8 @@ MAX_SEEN: Final = 16_384
 """Texts whose reason is remembered, by hash: about 2 MB."""
 MAX_STATUSES: Final = 8
 MAX_ECHOES: Final = 16
+MAX_WORD: Final = 100
+"""Bytes of a word of prose; what is longer is encoded data."""
 MAX_MASKED: Final = 120
 MAX_TOKEN: Final = 20
 MAX_EXAMPLES: Final = 10
@@ -92,6 +94,7 @@ _HIDES: Final = {
     "invalid_request": _ASKED,
     "internal_error": _ASKED | {"internal_error", "invalid_request", "timeout", "malformed_response", "network_error"},
     "network_error": _ASKED | {"invalid_request", "timeout", "malformed_response"},
+    "other": _ASKED | {"invalid_request", "timeout", "malformed_response", "network_error"},
 }
 """What a status is known to be sent for as well: there a specific cause in prose beats it."""
 
@@ -107,6 +110,7 @@ _MARKS: Final = {
     b"HARM_C": b"HARM_CATEGORY",
     b"'stop'": b"STOP_OR",
     b"'STOP'": b"STOP_OR",
+    b"STOP,": b"STOP_OR",
 }
 """What is left of an echo, by what is in it: the URL of a model, and what an answer may end with."""
 
@@ -116,13 +120,13 @@ def _options(encoding: object) -> re2.Options:
     options.encoding = encoding
     options.log_errors = False
     options.never_capture = True
-    options.max_mem = 64 << 20
+    options.max_mem = 32 << 20
     return options
 
 
 _UTF8: Final = _options(re2.Options.Encoding.UTF8)
 _LATIN1: Final = _options(re2.Options.Encoding.LATIN1)
-_ECHO_SIGNS: Final = (b'"', b"'", b":", b"/", b"=", b"HARM_", b" says ")
+_ECHO_SIGNS: Final = (b'"', b"'", b":", b",", b"/", b"=", b"HARM_", b" says ")
 """Every echo has one of them; looking for them is faster than for echoes."""
 _CODE: Final = re.compile(rb"[45]\d\d")
 _CONTROLS: Final = bytes(32 if byte < 32 or byte == 127 else byte for byte in range(256))
@@ -156,18 +160,24 @@ def _whole_words(pattern: str) -> str:
 
 
 class _Rules:
-    """Some parts of the rules, as one automaton that says in one pass which of them match a text."""
+    """Some parts of the rules, as automata that say in one pass each which of them match a text.
 
-    def __init__(self, *parts: str, gap: str = " ") -> None:
+    One automaton for all rules of prose would have too many states: its size is the product of theirs.
+    """
+
+    def __init__(self, *parts: str, gap: str = " ", size: int = 1_000) -> None:
         self._rules = [rule for rule in _ALL if rule.part in parts]
-        self._set = re2.Set.SearchSet(_LATIN1)
-        for part, _, pattern in self._rules:
-            self._set.Add((pattern if part == "number" else _whole_words(pattern.replace(" ", gap))).encode())
-        self._set.Compile()
+        self._sets: list[tuple[int, re2.Set]] = []
+        for start in range(0, len(self._rules), size):
+            automaton = re2.Set.SearchSet(_LATIN1)
+            for part, _, pattern in self._rules[start : start + size]:
+                automaton.Add((pattern if part == "number" else _whole_words(pattern.replace(" ", gap))).encode())
+            automaton.Compile()
+            self._sets.append((start, automaton))
 
     def matching(self, text: bytes) -> list[_Rule]:
         """Return the rules that match, in their order."""
-        return [self._rules[index] for index in sorted(self._set.Match(text) or ())]
+        return [self._rules[start + i] for start, found in self._sets for i in sorted(found.Match(text) or ())]
 
 
 def _one_of(*parts: str) -> bytes:
@@ -176,8 +186,8 @@ def _one_of(*parts: str) -> bytes:
 
 _ALL: Final = tuple(_read((files(__package__) / "reasons.rules").read_text("utf-8")))
 _MACHINE: Final = _Rules("answer", "code", "status", "number", "class")
-_SPECIFIC: Final = _Rules("specific", gap=_GAP)
-_GENERIC: Final = _Rules("generic", "abroad", gap=_GAP)
+_SPECIFIC: Final = _Rules("specific", gap=_GAP, size=60)
+_GENERIC: Final = _Rules("generic", "abroad", gap=_GAP, size=60)
 _ECHOES: Final = re2.compile(_one_of("echo", "quoted"), _LATIN1)
 _QUOTED: Final = re2.compile(_one_of("quoted"), _LATIN1)
 _NUMBERS: Final = re2.compile(_one_of("number"), _LATIN1)
@@ -247,7 +257,7 @@ class Classifier:
             return next((rule.reason for rule in told if rule.reason in _HIDES.get(status, ())), status)
         if told := told or _GENERIC.matching(prose):
             return told[0].reason
-        return _status(quoted, "class")[0] or OTHER
+        return (quoted and _status(quoted, "class")[0]) or OTHER
 
 
 def _owners(rules: Sequence[tuple[str, str, str]]) -> dict[str, str]:
@@ -265,10 +275,12 @@ def _plain_quotes(data: bytes) -> bytes:
 
 def _prose(data: bytes) -> bytes:
     """Return a text as the rules of prose see it."""
+    longest = MAX_WORD
     if not data.isascii():
         data = data.decode("utf-8", "replace").lower().encode()
+        longest = len(data)  # some languages put no blanks between words
     words = data.replace(b"n't", b" not").translate(_PROSE).split()
-    return b" ".join([word for word in words if word not in _LITTLE])
+    return b" ".join([word for word in words if len(word) <= longest and word not in _LITTLE])
 
 
 def _split(data: bytes) -> tuple[bytes, bytes]:
