@@ -125,12 +125,12 @@ class Card:
 
 @dataclass(frozen=True, slots=True)
 class Reason:
-    """One failure reason over all workspaces: listed failed tasks, and those counted since the ledger began."""
+    """One failure reason over all workspaces: listed failed tasks, and counted ones if the ledger answered."""
 
     name: str
     owner: str
     listed: int
-    counted: int
+    counted: int | None
     width: float
     most: str
 
@@ -316,19 +316,20 @@ def _reasons(views: Sequence[WorkspaceView]) -> list[Reason]:
         for key, total in (view.totals.series if view.totals else {}).items():
             if key.metric == "failures" and total.value:
                 counted[key.label] += total.value
+    told = any(view.totals for view in views)
     most = max(listed.values(), default=0)
     reasons = [
         Reason(
             name=name,
             owner=_OWNERS[owners.get(name, "unknown")],
             listed=listed[name],
-            counted=counted[name],
+            counted=counted[name] if told else None,
             width=round(100 * listed[name] / most, 3) if most else 0,
             most=where[name].most_common(1)[0][0] if name in where else "",
         )
         for name in {**listed, **counted}
     ]
-    return sorted(reasons, key=lambda one: (-one.listed, -one.counted, one.name))
+    return sorted(reasons, key=lambda one: (-one.listed, -(one.counted or 0), one.name))
 
 
 @cache

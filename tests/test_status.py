@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from creatify_exporter.status import duration, number, page_of, render_page, utc
-from tests.support.statuses import COUNTED, FAILED, NOW, STATES, down, first, listing, totals, well
-from tests.support.webhost import EXPORTER
+from tests.support.statuses import COUNTED, EXPORTER, FAILED, NOW, STATES, down, first, listing, totals, well
 
 
 class _Text(HTMLParser):
@@ -51,7 +50,16 @@ def text(state: str) -> str:
         ("well", "good", ["All 2 workspaces work", "2 of 2", "Credits left 30,096", "since counting began"]),
         ("one-down", "bad", ["1 of 5 workspaces not working: sales-emea", "Check api_id and api_key", "1 h 6 min ago"]),
         ("all-down", "bad", ["No workspace works", "0 of 2", "No connection to the API", 'cause="timeout"']),
-        ("ledger-down", "bad", ["Listings work, but nothing is being counted", "out of reach", "last reload refused"]),
+        (
+            "ledger-down",
+            "bad",
+            [
+                "Listings work, but nothing is being counted",
+                "out of reach",
+                "last reload refused",
+                "24 \u2013 marketing",
+            ],
+        ),
         (
             "back-off",
             "bad",

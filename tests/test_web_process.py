@@ -4,11 +4,9 @@ import contextlib
 import datetime
 import http.client
 import json
-import os
 import re
 import resource
 import select
-import shutil
 import socket
 import ssl
 import statistics
@@ -505,34 +503,3 @@ def healthy(host: Host, context: ssl.SSLContext | None) -> bool:
     with contextlib.suppress(OSError, AssertionError):  # it met the former server
         return host.get("/-/healthy", context) == (200, b"healthy\n")
     return False
-
-
-@pytest.fixture
-def chromium() -> str:
-    """The browser; only CI insists on it."""
-    found = shutil.which("chromium")
-    if not found and os.environ.get("CI") != "true":
-        pytest.skip("chromium is not installed")
-    assert found, "CI needs chromium"
-    return found
-
-
-def test_a_browser_finds_the_landing_page_free_of_scripts(chromium: str, tmp_path: Path) -> None:
-    markup = "<script>alert(1)</script>"
-    with hosting(workspaces=[markup, "marketing"]) as host:
-        browsed = subprocess.run(
-            [
-                *(chromium, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile"),
-                *("--window-size=900,500", f"--screenshot={tmp_path}/page.png", "--dump-dom", host.url),
-            ],
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=True,
-        )
-    dom = browsed.stdout
-    assert "<script" not in dom
-    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in dom
-    assert "<h1>Creatify exporter</h1>" in dom
-    assert "Refused to apply" not in browsed.stderr
-    assert (tmp_path / "page.png").stat().st_size > 1000

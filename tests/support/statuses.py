@@ -9,9 +9,9 @@ from creatify_exporter.metrics import ExporterView, WorkspaceView
 from creatify_exporter.reasons import BUILT_IN
 from creatify_exporter.recording import Key, Total
 from creatify_exporter.tasks import NANO, SECOND
-from tests.support.webhost import EXPORTER
 
 NOW = 1_795_570_000.0
+EXPORTER = ExporterView(True, True, NOW - 70_000, "1.2.3", "abc", "3.11.7")
 MARKUP = "<script>alert(1)</script><b>&amp;\"'"
 OWNERS = dict.fromkeys(BUILT_IN, "upstream") | {
     "token_limit": "caller",

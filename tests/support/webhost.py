@@ -17,16 +17,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from starlette.types import ASGIApp, Receive, Scope, Send
+
 from creatify_exporter.config import ConfigError, Tls
 from creatify_exporter.metrics import ExporterView, WorkspaceView
 from creatify_exporter.server import WebServer, parse_listen_address
 from creatify_exporter.web import application
 from creatify_exporter.webauth import Authentication
+from tests.support import statuses
+from tests.support.statuses import EXPORTER
 
 ROOT = Path(__file__).absolute().parents[2]
-
-
-EXPORTER = ExporterView(True, True, 1_795_500_000.0, "1.2.3", "abc", "3.11.7")
 
 
 @dataclass
@@ -68,6 +69,20 @@ class FakeSite:
             raise self.failure
 
 
+def _every_state() -> ASGIApp:
+    """Return the endpoints below `/STATE/` for each state of the status page."""
+    apps = {
+        state: application(FakeSite(workspaces=views, exporter=exporter), Authentication({}), now=lambda: statuses.NOW)
+        for state, (views, exporter) in statuses.STATES.items()
+    }
+
+    async def choose(scope: Scope, receive: Receive, send: Send) -> None:
+        _, state, path = scope["path"].split("/", 2)
+        await apps[state]({**scope, "path": f"/{path}"}, receive, send)
+
+    return choose
+
+
 async def _host(settings: Mapping[str, Any]) -> None:
     site = FakeSite(
         workspaces=[WorkspaceView(name=name) for name in settings.get("workspaces", ["marketing", "sales"])],
@@ -75,7 +90,7 @@ async def _host(settings: Mapping[str, Any]) -> None:
     )
     tls = settings.get("tls")
     server = WebServer(
-        application(site, Authentication(settings.get("users", {}))),
+        _every_state() if settings.get("states") else application(site, Authentication(settings.get("users", {}))),
         parse_listen_address(settings.get("listen", "127.0.0.1:0")),
         Tls(**tls) if tls else None,
         **settings.get("limits", {}),
