@@ -237,6 +237,8 @@ def _verdict(cards: Sequence[Card], exporter: ExporterView) -> tuple[str, str, s
     if not exporter.reload_successful:
         details.append("The last reload was refused: the former configuration is in force, the log tells why.")
     detail = " ".join(details)
+    if states["stale"] == len(cards):
+        return "bad", "No recent listing", detail
     if broken == len(cards):
         return "bad", "No workspace works" if broken > 1 else f"{_short(cards[0].name)} does not work", detail
     if broken:
@@ -246,7 +248,7 @@ def _verdict(cards: Sequence[Card], exporter: ExporterView) -> tuple[str, str, s
         return "bad", "Listings work, but nothing is being counted", detail
     if states["waiting"]:
         return "waiting", "Waiting for the first listing", detail or _WAITING
-    well = "The workspace works" if len(cards) == 1 else f"All {len(cards)} workspaces work"
+    well = {1: "The workspace works", 2: "Both workspaces work"}.get(len(cards), f"All {len(cards)} workspaces work")
     return ("warning" if details else "good"), well, detail
 
 

@@ -47,7 +47,7 @@ def text(state: str) -> str:
     ("state", "level", "said"),
     [
         ("first", "waiting", ["Waiting for the first listing", "No listing yet.", "no listing to tell from"]),
-        ("well", "good", ["All 2 workspaces work", "2 of 2", "Credits left 30,096", "since counting began"]),
+        ("well", "good", ["Both workspaces work", "2 of 2", "Credits left 30,096", "since counting began"]),
         ("one-down", "bad", ["1 of 5 workspaces not working: sales-emea", "Check api_id and api_key", "1 h 6 min ago"]),
         ("all-down", "bad", ["No workspace works", "0 of 2", "No connection to the API", 'cause="timeout"']),
         (
@@ -65,7 +65,7 @@ def text(state: str) -> str:
             "bad",
             ["no request for listings for another 25 s", "no request for the balance for another 1 min"],
         ),
-        ("stale", "bad", ["marketing does not work", "nobody has asked for metrics lately", "Listed 1 h 6 min ago"]),
+        ("stale", "bad", ["No recent listing", "nobody has asked for metrics lately", "Listed 1 h 6 min ago"]),
         ("no-failures", "good", ["The workspace works", "Nothing has failed.", "Oldest unfinished none"]),
         ("no-models", "good", ["No task is listed.", "nothing has finished yet", "Credits left 0"]),
         ("many", "good", ["All 20 workspaces work", "20 models of workspace-19", "20 of 20"]),
