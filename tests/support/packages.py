@@ -23,6 +23,8 @@ PACKAGES = {
     "postgres": "postgresql",
     "initdb": "postgresql",
     "chromium": "chromium",
+    "node": "nodejs",
+    "npm": "npm",
     "systemd-analyze": "systemd",
     "kubectl": "kubernetes-client",
 }
