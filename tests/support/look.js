@@ -29,7 +29,8 @@ async function look(browser, url) {
         await page.screenshot({ path: path.join(pictures, `${name}-${width}-${colorScheme}.png`), fullPage: true });
       }
       if ((width === 400) !== (colorScheme === "light")) continue; // colours do not depend on the width
-      const rules = width === 400 ? {} : { runOnly: ["color-contrast"] };
+      const rules = { resultTypes: ["violations", "incomplete"] };
+      if (width !== 400) rules.runOnly = ["color-contrast"];
       const found = await page.evaluate((options) => axe.run(options), rules);
       for (const one of [...found.violations, ...found.incomplete]) {
         violations.push(`${width} ${colorScheme} ${one.id}: ${one.nodes[0].html}`);
