@@ -1,0 +1,209 @@
+"""The exporter itself: its listings, its ledger, its process."""
+
+from creatify_dashboard.colors import GREEN, ORANGE, RED, TEXT
+from creatify_dashboard.panels import Column, Graph, Look, Query, Row, Table
+from creatify_dashboard.queries import (
+    BY_MODEL,
+    BY_STATUS,
+    ERRORS,
+    EXPORTER,
+    TASKS,
+    WORKSPACE,
+    newest,
+    per_second,
+    total,
+)
+
+REPLICA = "job, instance"
+
+
+def _by_workspace(title: str, description: str, unit: str, metric: str, empty: str = "no listing") -> Graph:
+    query = Query(newest(metric, "workspace", WORKSPACE), "{{workspace}}")
+    return Graph(title, description, unit, empty, (query,), width=6, height=7, legend_right=False)
+
+
+ROW = Row(
+    "Exporter",
+    (
+        Table(
+            "Replicas",
+            "What Prometheus scrapes: version, whether the ledger answered last time, whether the last reload of the "
+            "configuration worked.",
+            "short",
+            "no exporter",
+            width=12,
+            height=6,
+            columns=(
+                Column("Replica", label="instance"),
+                Column(
+                    "Version",
+                    label="version",
+                    expr=newest(
+                        "creatify_exporter_build_info", "instance, version, revision, python_version", EXPORTER
+                    ),
+                    width=110,
+                ),
+                Column("Revision", label="revision", width=120),
+                Column("Python", label="python_version", width=100),
+                Column(
+                    "Ledger",
+                    expr=newest("creatify_exporter_ledger_up", "instance", EXPORTER),
+                    look=Look(values=((0, "down", RED), (1, "up", GREEN))),
+                    cell="background",
+                    width=100,
+                ),
+                Column(
+                    "Reload",
+                    expr=newest("creatify_exporter_config_last_reload_successful", "instance", EXPORTER),
+                    look=Look(values=((0, "refused", RED), (1, "done", GREEN))),
+                    cell="background",
+                    width=100,
+                ),
+                Column(
+                    "Started",
+                    expr=f"1000 * {newest('process_start_time_seconds', 'instance', EXPORTER)}",
+                    look=Look("dateTimeFromNow"),
+                    width=150,
+                ),
+            ),
+            order="Replica",
+        ),
+        Table(
+            "What the exporter knows of each workspace",
+            "Balance: whether its newest reading succeeded. Held back: how long requests still wait because the API "
+            "asked for it. Unsettled: unfinished tasks that left the list and are asked for by id. Clock: this "
+            "machine's clock minus the API's.",
+            "locale",
+            "no exporter",
+            width=12,
+            height=6,
+            columns=(
+                Column("Workspace", label="workspace"),
+                Column(
+                    "Balance",
+                    expr=newest("creatify_exporter_balance_up", "workspace", WORKSPACE),
+                    look=Look(values=((0, "failed", RED), (1, "read", GREEN))),
+                    cell="background",
+                    empty="not asked for",
+                    width=110,
+                ),
+                Column(
+                    "Held back",
+                    expr="max by (workspace) (clamp_min("
+                    + newest("creatify_exporter_backoff_until_timestamp_seconds", "workspace, endpoint", WORKSPACE)
+                    + " - time(), 0))",
+                    look=Look("s", 0, ((0, ORANGE),)),
+                    width=110,
+                ),
+                Column(
+                    "Unsettled",
+                    expr=newest("creatify_exporter_unsettled_tasks", "workspace", WORKSPACE),
+                    look=Look(decimals=0, thresholds=((0, TEXT), (1, ORANGE))),
+                    width=100,
+                ),
+                Column(
+                    "Clock",
+                    expr="max by (workspace) (creatify_exporter_clock_offset_seconds{" + WORKSPACE + "})",
+                    look=Look("s", 1, ((-300, TEXT), (300, RED))),
+                    empty="unknown",
+                    width=100,
+                ),
+                Column(
+                    "Models",
+                    expr=f"count by (workspace) (sum by ({BY_MODEL}) ({newest(TASKS, BY_STATUS, WORKSPACE)}))",
+                    look=Look(decimals=0),
+                    width=90,
+                ),
+                Column(
+                    "Tasks in other",
+                    expr=total("workspace", newest(TASKS, BY_STATUS, f'{WORKSPACE}, model="other"')),
+                    look=Look(decimals=0, thresholds=((0, TEXT), (1, ORANGE))),
+                    width=130,
+                ),
+                Column(
+                    "Counting since",
+                    expr="1000 * " + newest("creatify_exporter_ledger_start_timestamp_seconds", "workspace", WORKSPACE),
+                    look=Look("dateTimeFromNow"),
+                    width=150,
+                ),
+            ),
+            order="Workspace",
+        ),
+        _by_workspace(
+            "Listing time",
+            "How long the newest listing took. It must fit into the scrape timeout, or figures are one scrape old.",
+            "s",
+            "creatify_exporter_listing_duration_seconds",
+        ),
+        _by_workspace(
+            "Listing size",
+            "Size of the newest listing, decompressed.",
+            "bytes",
+            "creatify_exporter_listing_size_bytes",
+        ),
+        _by_workspace(
+            "Tasks in the ledger",
+            "Tasks that are remembered so that none counts twice.",
+            "locale",
+            "creatify_exporter_ledger_tasks",
+            "no ledger",
+        ),
+        _by_workspace(
+            "Malformed records",
+            "Records of the newest listing that could not be used.",
+            "locale",
+            "creatify_exporter_malformed_tasks",
+        ),
+        Graph(
+            "Failed listings by cause",
+            "Failed listings per minute, of the replica that has most. ledger: the listing succeeded, but could not be "
+            "recorded.",
+            "cpm",
+            "no exporter",
+            (Query(f"{total('cause', per_second(ERRORS, 'workspace, cause', WORKSPACE))} * 60", "{{cause}}"),),
+            width=6,
+            height=7,
+            legend_right=False,
+        ),
+        Graph(
+            "API requests per minute",
+            "Requests to Creatify, of the replica that sends most, by HTTP status; error: there was no answer.",
+            "cpm",
+            "no requests",
+            (
+                Query(
+                    total(
+                        "endpoint, code",
+                        per_second("creatify_exporter_api_requests_total", "workspace, endpoint, code", WORKSPACE),
+                    )
+                    + " * 60",
+                    "{{endpoint}} {{code}}",
+                ),
+            ),
+            width=6,
+            height=7,
+            legend_right=False,
+        ),
+        Graph(
+            "Memory",
+            "Resident memory of each replica.",
+            "bytes",
+            "unknown",
+            (Query(newest("process_resident_memory_bytes", "instance", EXPORTER), "{{instance}}"),),
+            width=6,
+            height=7,
+            legend_right=False,
+        ),
+        Graph(
+            "CPU",
+            "Cores that each replica keeps busy.",
+            "percentunit",
+            "unknown",
+            (Query(per_second("process_cpu_seconds_total", "instance", EXPORTER), "{{instance}}"),),
+            width=6,
+            height=7,
+            legend_right=False,
+        ),
+    ),
+    collapsed=True,
+)
