@@ -51,7 +51,7 @@ VARIABLES = {variable["name"]: variable for variable in DASHBOARD["templating"][
 QUERIES = {name: variable for name, variable in VARIABLES.items() if variable["type"] == "query"}
 ANNOTATIONS = {annotation["name"]: annotation for annotation in DASHBOARD["annotations"]["list"]}
 SOURCE = {"type": "prometheus", "uid": "${datasource}"}
-UNITS = {"short", "percentunit", "s", "cpm", "bytes", "locale", "dateTimeFromNow"}
+UNITS = {"string", "short", "percentunit", "s", "cpm", "bytes", "locale", "dateTimeFromNow"}
 DOCS = "https://github.com/creatify-exporter/creatify-exporter/blob/main/"
 # What Prometheus itself writes: its labels are those of the rules, and an absent label is an empty one.
 OF_RULES = {"ALERTS", "ALERTS_FOR_STATE", "creatify:dashboard:info"}
@@ -286,6 +286,15 @@ def test_an_empty_cell_says_nothing_of_the_whole_table(panel: dict[str, Any]) ->
         nothing = panel["fieldConfig"]["defaults"]["noValue"]
         for title in titles.values():
             assert properties(panel, name=title)["noValue"] != nothing
+
+
+@each_panel
+def test_a_name_that_looks_like_a_number_stays_a_name(panel: dict[str, Any]) -> None:
+    if panel["type"] == "table":
+        titles = next(t["options"]["renameByName"] for t in panel["transformations"] if t["id"] == "organize")
+        for name in titles.keys() - {"Value"}:
+            is_text = not name.startswith("Value #")
+            assert (properties(panel, name=titles[name])["unit"] == "string") is is_text, titles[name]
 
 
 # ---- Colours
@@ -688,6 +697,35 @@ def test_every_panel_has_data_where_there_is_work(past: Past, name: str) -> None
         if panel["title"] == "What the exporter knows of each workspace":
             allowed = {"B", "F"}
         assert empty <= allowed, panel["title"]
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(
+    ("name", "annotation", "marked"),
+    [
+        ("all is well", "Alerts: critical", set()),
+        ("all is well", "Alerts: warning", {"CreatifyModelFailureSpike"}),
+        ("crowd", "Alerts: critical", {"CreatifyCreditsLow", "CreatifyLedgerDown"}),
+        ("one workspace down", "Alerts: critical", {"CreatifyWorkspaceDown"}),
+    ],
+)
+def test_alerts_that_need_somebody_are_marked_and_those_that_only_inform_are_not(
+    past: Past, name: str, annotation: str, marked: set[str]
+) -> None:
+    expr = substitute(ANNOTATIONS[annotation]["expr"], scrape=60, interval=60, time_range=6 * 3600)
+    end = end_of(by_name(name))
+    assert {s.labels["alertname"] for s in past.prometheus.query_range(expr, end - 6 * 3600, end, 60)} == marked
+
+
+@pytest.mark.process
+def test_a_restart_of_the_exporter_is_marked_when_it_happened(past: Past) -> None:
+    scenario = by_name("all is well")
+    annotation, end = ANNOTATIONS["Exporter started"], end_of(scenario)
+    assert annotation["useValueForTime"] is True
+    expr = substitute(annotation["expr"], scrape=60, interval=60, time_range=6 * 3600)
+    for series in past.prometheus.query_range(expr, end - 6 * 3600, end, 60):
+        starts = sorted({value / 1000 for _, value in series.points})
+        assert starts == [end - scenario.hours * 3600, end - scenario.restart * 60 + 40]
 
 
 # ---- Totals

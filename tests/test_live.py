@@ -118,8 +118,8 @@ def test_alerts_and_starts_are_annotated(live: Live, annotation: Mapping[str, An
     def marked() -> list[Series]:
         return live.prometheus.query_range(expression, time.time() - MINUTE, time.time(), 1)
 
-    # The demo has failures enough for a warning, and for nothing that is critical.
-    series = marked() if "critical" in annotation["name"] else eventually(marked, live.within_a_minute(), "a mark")
+    # Whether the demo raises an alert in its first minute is left to chance; its start is certain.
+    series = marked() if "Alerts" in annotation["name"] else eventually(marked, live.within_a_minute(), "a mark")
     assert all({annotation["tagKeys"]} <= each.labels.keys() for each in series)
 
 

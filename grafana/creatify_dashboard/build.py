@@ -240,6 +240,9 @@ def _column(column: Any) -> Properties:
     look: Look = column.look
     cell = "colored" if column.cell == "text" and (look.thresholds or look.values) else column.cell
     found = [_property("noValue", column.empty), *_looks(look, TEXT, column.empty if column.always else "")]
+    if column.label:
+        # With any other unit Grafana takes the revision 510e038, or a model named 007, for a number.
+        found.append(_property("unit", "string"))
     if cell in _CELLS:
         found.append(_property("custom.cellOptions", _CELLS[cell]))
     if not look.color:
