@@ -87,7 +87,7 @@ dashboard: $(DEV) ## the Grafana dashboard, from the code in grafana/
 docs: $(DEV) ## the generated parts of docs/, and the PrometheusRule for Kubernetes
 	$(PY) -m docs.generate_configuration
 	$(PY) -m docs.generate_metrics
-	$(PY) deploy/kubernetes/prometheusrule.py
+	$(PY) deploy/generate.py
 
 # --no-emit-*: no lock names the place that its packages come from.
 lock: $(DEV) ## the lock files, at the newest versions that pyproject.toml admits
