@@ -159,10 +159,11 @@ class Simulation:
     record_size: int = 2700  # bytes, mean
     media_share: float = 0.002  # of the tasks carry base64 parts of 131 kB, mean
     deleted_share: float = 0.0  # of the tasks are deleted while they run
+    slow_share: float = 0.0  # of the tasks run twenty times as long
     spikes: Sequence[Spike] = ()
 
     def __post_init__(self) -> None:
-        self._random, self._deletions, self._lock = Random(self.seed), Random(self.seed + 1), threading.RLock()
+        self._random, self._rare, self._lock = Random(self.seed), Random(self.seed + 1), threading.RLock()
         self.tasks: deque[Life] = deque(maxlen=self.window)
         self._remembered: dict[str, Life] = {}
         self._events: list[tuple[int, str, bool, Life]] = []
@@ -193,8 +194,9 @@ class Simulation:
         text, number = random.choices(*_failures())[0], str(random.randrange(10**6, 10**7))
         if luck < overload:
             text, duration = _failures()[0][0], min(duration, 1.0)
-        finished = started + round(duration * _SECOND)
-        deleted = self._deletions.random() < self.deleted_share
+        slow = self._rare.random() < self.slow_share
+        finished = started + round(duration * _SECOND) * (20 if slow else 1)
+        deleted = self._rare.random() < self.deleted_share
         life = Life(
             str(UUID(int=random.getrandbits(128), version=4)),
             model.name,
@@ -202,7 +204,7 @@ class Simulation:
             started=started,
             charged=random.randrange(started, finished) if charged_early else finished,
             finished=finished,
-            deleted=self._deletions.uniform(started, finished) if deleted else math.inf,
+            deleted=self._rare.uniform(started, finished) if deleted else math.inf,
             outcome="failed" if failed else "done",
             failure_text=text and text.replace("#", number) if failed else None,
             hundredths=model.hundredths * random.randrange(1, 5) * (charged_early or not failed),
@@ -351,7 +353,9 @@ def demo(clock: Callable[[], float] = time.time) -> SimulatedApi:
     start = clock()
     hours = [start + 3600 * hour for hour in range(24)]
     spikes = [Spike(hour + SPIKE.begin, hour + SPIKE.end, SPIKE.model, SPIKE.ratio) for hour in hours]
-    simulation = Simulation(13, start, rate=4.0, history=300, window=150, deleted_share=0.02, spikes=spikes)
+    simulation = Simulation(
+        13, start, rate=4.0, history=300, window=400, deleted_share=0.01, slow_share=0.02, spikes=spikes
+    )
     return SimulatedApi({CREDENTIALS: simulation}, clock)
 
 
