@@ -798,7 +798,7 @@ def test_tables_of_the_range_agree_with_the_bars_above_them(past: Past, name: st
     # The first bar begins before the range.
     assert {reason for reason, count in bars.items() if count > 1.5} <= listed <= bars.keys()
     for line in lines:
-        # increase() stretches what it saw to the ends of the range: by half a per cent at most in these ranges.
+        # Bars begin before the range, and increase() stretches what it saw to the ends of it.
         count = float(line["Count"].value)
         assert count == pytest.approx(bars[str(line["Reason"].value)], abs=2, rel=0.05), line
         assert line["Owner"].value in history.OWNERS

@@ -20,7 +20,8 @@ from creatify_dashboard.queries import (
 _PER_BAR = per_bar(FAILURES, BY_REASON, REASON)
 _IN_RANGE = grown(FAILURES, BY_REASON, "$__range", REASON)
 _COUNT = f"round({total('reason, owner', owned(_IN_RANGE))})"
-_ALL = f"round({total('', _IN_RANGE)})"
+# Of the rounded counts, so that the shares add up to the whole.
+_ALL = total("", _COUNT)
 _FINISHED_RATE = total("model", per_second(FINISHED, BY_STATUS))
 _FAILED_RATE = total("model", per_second(FINISHED, BY_STATUS, FAILED))
 _MOST_FAILED = total("model", f"max by ({BY_STATUS}) (increase({FINISHED}{{{FAILED}}}[$__range] @ end()))")
