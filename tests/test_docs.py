@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
+import helm_python as helm
 import promql_parser
 import pytest
 import trustme
@@ -19,12 +21,20 @@ from creatify_exporter import __version__, config
 from creatify_exporter.metrics import METRICS
 from tests.support.commands import output
 from tests.support.exporter import Exporter
+from tests.support.kubernetes import CHART, render, validate_manifest
 from tests.support.packages import require
 from tests.support.processes import eventually
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted(
-    [ROOT / "README.md", ROOT / "CHANGELOG.md", *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md")]
+    [
+        ROOT / "README.md",
+        ROOT / "CHANGELOG.md",
+        ROOT / "SECURITY.md",
+        ROOT / "CONTRIBUTING.md",
+        *ROOT.glob("docs/**/*.md"),
+        *ROOT.glob("benchmarks/*.md"),
+    ]
 )
 
 _FENCE = re.compile(r"(?ms)^(?P<indent> *)```(?P<kind>\S*)\n(?P<text>.*?)^ *```$")
@@ -160,12 +170,33 @@ def check_alertmanager(text: str, directory: Path) -> None:
     output(amtool, "check-config", path)
 
 
+def check_collector(text: str, directory: Path) -> None:
+    """The receiver's scrape configuration is Prometheus', and a pipeline names only what is declared."""
+    document = yaml.safe_load(text)
+    assert set(document) == {"receivers", "exporters", "service"}
+    check_prometheus(yaml.safe_dump(document["receivers"]["prometheus"]["config"]), directory)
+    for pipeline in document["service"]["pipelines"].values():
+        assert set(pipeline["receivers"]) == set(document["receivers"])
+        assert set(pipeline["exporters"]) == set(document["exporters"])
+
+
+def check_object(text: str, directory: Path) -> None:
+    validate_manifest(yaml.safe_load(text))
+
+
+def check_chart_values(text: str, directory: Path) -> None:
+    assert render(yaml.safe_load(text))
+
+
 YAML_CHECKS: tuple[tuple[set[str], Callable[[str, Path], None]], ...] = (
+    ({"apiVersion"}, check_object),
+    ({"service"}, check_collector),
     ({"scrape_configs", "global"}, check_prometheus),
     ({"groups"}, check_rules),
     ({"route", "receivers"}, check_alertmanager),
     ({"tls_server_config", "basic_auth_users"}, check_web_configuration),
     (set(config.Config.model_fields), check_exporter_configuration),
+    (set(yaml.safe_load((CHART / "values.yaml").read_text(encoding="utf-8"))), check_chart_values),
 )
 
 
@@ -239,6 +270,21 @@ def check_docker(arguments: list[str]) -> None:
         assert verb in {"compose", "volume", "kill"}, arguments
 
 
+def check_helm(arguments: list[str]) -> None:
+    """The chart is there, and renders with what `--set` says."""
+    check_paths(arguments)
+    verb, *rest = arguments
+    name, chart, *options = rest
+    assert (verb in {"install", "upgrade"}, chart) == (True, str(CHART.relative_to(ROOT)))
+    values: dict[str, Any] = {}
+    for option in options:
+        flag, _, given = option.partition("=")
+        assert flag in {"--set", "--namespace", "--values"}, option
+        if flag == "--set":
+            values = {**values, **helm.parse_set_string(given)}
+    assert render(values, name)
+
+
 def check_curl(arguments: list[str]) -> None:
     """What is asked for is an endpoint of the exporter or of Prometheus."""
     urls = [argument for argument in arguments if re.match(r"https?://", argument)]
@@ -252,11 +298,13 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "creatify-exporter": check_exporter_flags,
     "curl": check_curl,
     "docker": check_docker,
+    "helm": check_helm,
     "export": lambda arguments: None,
     "install": check_paths,
     "kill": _only("-HUP"),
     "kubectl": check_paths,
     "make": check_make,
+    "pre-commit": _only("install"),
     "mkdir": check_paths,
     "mv": check_paths,
     "pip": check_paths,
@@ -289,8 +337,69 @@ def test_every_command_exists_and_names_things_that_exist(block: Block) -> None:
 
 
 def test_every_block_is_of_a_kind_that_is_checked() -> None:
-    kinds = {"sh", "yaml", "promql", "sql", "python", "json", "text", ""}
+    kinds = {"sh", "yaml", "promql", "sql", "python", "json", "alloy", "text", ""}
     assert [(str(block), block.kind) for block in blocks() if block.kind not in kinds] == []
+
+
+ALLOY = {
+    "prometheus.scrape": {"targets", "job_name", "scrape_interval", "scrape_timeout", "forward_to"},
+    "prometheus.remote_write": {"endpoint"},
+    "endpoint": {"url"},
+}
+
+
+def test_every_alloy_example_names_components_and_arguments_that_exist() -> None:
+    (block,) = blocks("alloy")
+    declared, inside = set(), [""]
+    for line in block.text.splitlines():
+        if opened := re.fullmatch(r' *([a-z_.]+)(?: "(\w+)")? \{', line):
+            assert opened[1] in ({*ALLOY} - {"endpoint"} if inside == [""] else ALLOY[inside[-1]]), line
+            inside.append(opened[1])
+            declared.add(f"{opened[1]}.{opened[2]}")
+        elif line.strip() == "}":
+            inside.pop()
+        elif line:
+            assert re.match(r" *(\w+) *= [\"\[]", line), line
+            assert line.split()[0] in ALLOY[inside[-1]], line
+    assert inside == [""]
+    for target in re.findall(r"forward_to += \[([\w.]+)\.receiver\]", block.text):
+        assert target in declared
+
+
+def test_the_recipes_rules_say_what_they_promise(tmp_path: Path) -> None:
+    """100 credits used in a day at 0.05 are 5 dollars; the balance fell by 400 in spite of a refill: 3/4 by others."""
+    (promtool,) = require("promtool")
+    rules = [block.text for block in blocks("yaml") if block.document.name == "recipes.md" and "groups:" in block.text]
+    assert len(rules) == 2
+    files = [tmp_path / f"{number}.yml" for number, _ in enumerate(rules)]
+    for path, text in zip(files, rules, strict=True):
+        path.write_text(text, encoding="utf-8")
+    half = 1440
+    series = {
+        'creatify_text_generator_credits_used_total{workspace="w",model="m"}': "0x1440 " + "0+0.0694444444x1440",
+        'creatify_remaining_credits{workspace="w"}': f"1000x{half} 1000-0.2777777778x720 5800-0.2777777778x719",
+    }
+    queries = {"workspace:creatify_cost_dollars:increase1d": 5, "workspace:creatify_other_products:ratio1d": 0.75}
+    test = {
+        "rule_files": [str(path) for path in files],
+        "evaluation_interval": "30m",
+        "tests": [
+            {
+                "interval": "1m",
+                "input_series": [{"series": name, "values": values} for name, values in series.items()],
+                "promql_expr_test": [
+                    {
+                        "expr": f"round({name}, 0.05)",
+                        "eval_time": "48h",
+                        "exp_samples": [{"labels": '{workspace="w"}', "value": value}],
+                    }
+                    for name, value in queries.items()
+                ],
+            }
+        ],
+    }
+    (tmp_path / "test.yml").write_text(yaml.safe_dump(test), encoding="utf-8")
+    output(promtool, "test", "rules", tmp_path / "test.yml")
 
 
 # Metrics
