@@ -84,7 +84,7 @@ generate: dashboard docs ## everything that is made from something else: dashboa
 dashboard: $(DEV) ## the Grafana dashboard, from the code in grafana/
 	$(PY) grafana/generate.py
 
-docs: $(DEV) ## the generated parts of docs/, and the PrometheusRule for Kubernetes
+docs: $(DEV) ## the generated parts of docs/, the chart's schema and deploy/kubernetes
 	$(PY) -m docs.generate_configuration
 	$(PY) -m docs.generate_metrics
 	$(PY) deploy/generate.py

@@ -24,7 +24,7 @@ from tests.support.commands import output, run
 from tests.support.exporter import parse
 from tests.support.kubernetes import CHART, Manifest, one, render, render_texts, validate_manifest
 from tests.support.packages import require
-from tests.support.pod import USER, Pod, can_isolate
+from tests.support.pod import USER, Pod, can_isolate, write_volume
 from tests.support.processes import eventually, free_port
 from tests.support.stage import Stage, credentials
 from tests.test_webauth import HASHES
@@ -485,6 +485,28 @@ def test_the_rendered_manifests_start_the_exporter_and_its_probes_answer(
         assert pod.stop() == 0
     with pytest.raises(OSError):  # noqa: PT011 - refused, reset: whatever the kubelet would see
         pod.probe("livenessProbe")
+
+
+@pytest.mark.process
+def test_a_rotated_secret_is_taken_when_the_kubelet_swaps_its_folder(tmp_path: Path) -> None:
+    port = free_port()
+    api_id, api_key = credentials("main")
+    with Stage() as stage:
+        values = {
+            "existingSecret": "creatify",
+            "config": {"api": {"base_url": stage.api.url}},
+            "extraArgs": [f"--web.listen-address=127.0.0.1:{port}", "--config.auto-reload-interval=1s"],
+        }
+        old = {"creatify": {"api_id": api_id, "api_key": "revoked"}}
+
+        def up() -> float | None:
+            answer = requests.get(f"http://127.0.0.1:{port}/metrics", timeout=30)
+            return parse(answer.text).value("creatify_up", workspace="default")
+
+        with Pod(tmp_path, render(values), port, old, isolated=can_isolate()) as pod:
+            assert up() == 0
+            write_volume(pod.folder("secrets"), {"api_id": api_id, "api_key": api_key})
+            eventually(lambda: up() == 1, 30, "the new key is used", every=0.5)
 
 
 @pytest.mark.skipif(not can_isolate(), reason="this machine gives the tests no mounts of their own")
