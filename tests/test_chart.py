@@ -5,7 +5,8 @@ import json
 import random
 import tarfile
 from collections.abc import Iterator, Mapping
-from functools import cache
+from contextlib import ExitStack
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from tests.support.exporter import parse
 from tests.support.kubernetes import CHART, Manifest, one, render, render_texts, validate_manifest
 from tests.support.packages import require
 from tests.support.pod import USER, Pod, can_isolate, write_volume
+from tests.support.postgres import Postgres
 from tests.support.processes import eventually, free_port
 from tests.support.stage import Stage, credentials
 from tests.test_webauth import HASHES
@@ -485,6 +487,28 @@ def test_the_rendered_manifests_start_the_exporter_and_its_probes_answer(
         assert pod.stop() == 0
     with pytest.raises(OSError):  # noqa: PT011 - refused, reset: whatever the kubelet would see
         pod.probe("livenessProbe")
+
+
+@pytest.mark.process
+def test_two_replicas_share_a_ledger_in_postgresql_and_write_no_file(tmp_path: Path) -> None:
+    api_id, api_key = credentials("main")
+    with Stage() as stage, Postgres() as postgres, ExitStack() as stack:
+        secret = {"api_id": api_id, "api_key": api_key, "ledger_url": postgres.create_database()}
+        pods = []
+        for name in ("first", "second"):
+            port = free_port()
+            values = POSTGRESQL | {
+                "config": {"api": {"base_url": stage.api.url}},
+                "extraArgs": [f"--web.listen-address=127.0.0.1:{port}"],
+            }
+            pod = Pod(tmp_path / name, render(values), port, {"creatify": secret}, isolated=can_isolate())
+            pods.append(stack.enter_context(pod))
+        for pod in pods:
+            eventually(partial(pod.probe, "readinessProbe"), 20, "the readiness probe succeeds")
+            answer = parse(requests.get(f"http://127.0.0.1:{pod.port}/metrics", timeout=30).text)
+            assert answer.value("creatify_exporter_ledger_up") == 1
+            assert answer.value("creatify_exporter_ledger_tasks", workspace="default") == 100
+    assert [path for path in tmp_path.rglob("*.db*") if path.is_file()] == []
 
 
 @pytest.mark.process

@@ -63,6 +63,7 @@ class Pod(Daemon):
         *,
         isolated: bool,
     ) -> None:
+        directory.mkdir(exist_ok=True)
         super().__init__(directory / "pod.log")
         self.root, self.port, self.isolated = directory, port, isolated
         self.manifests, self.secrets = manifests, secrets
