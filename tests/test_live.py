@@ -249,8 +249,10 @@ def test_panels_show_the_truth_of_two_replicas_at_15_and_at_60_seconds(tmp_path:
 def notifying(webhook: Webhook) -> dict[str, Any]:
     """Return the example configuration of Alertmanager, made quick, with a webhook as its receiver."""
     own: dict[str, Any] = yaml.safe_load((ROOT / "prometheus" / "alertmanager.yml").read_text(encoding="utf-8"))
+    del own["global"]
     own["route"] |= {"group_wait": "0s", "group_interval": "1s"}
-    own["receivers"][0]["webhook_configs"] = [{"url": webhook.url, "send_resolved": True}]
+    sending = {"webhook_configs": [{"url": webhook.url, "send_resolved": True}]}
+    own["receivers"] = [{"name": receiver["name"], **sending} for receiver in own["receivers"]]
     return own
 
 
@@ -267,7 +269,7 @@ def test_a_failure_spike_is_notified_and_resolved_from_the_task_to_the_webhook(t
         Exporter(tmp_path / "exporter", config=config | {"api": {"base_url": api.url}}) as exporter,
         Prometheus(tmp_path, configuration(tmp_path, exporter, alertmanager), *rules.FLAGS) as prometheus,
     ):
-        ratio = "sum(workspace_model_status:creatify_text_generator_tasks_finished:increase15m) > 30"
+        ratio = 'sum(workspace:creatify_text_generator_tasks_finished:increase{window="15m"}) > 30'
         eventually(lambda: prometheus.query(ratio), 90, "a full window of ordinary work")
         assert "CreatifyFailureSpike" not in prometheus.firing()
 
@@ -279,7 +281,7 @@ def test_a_failure_spike_is_notified_and_resolved_from_the_task_to_the_webhook(t
             "severity": "critical",
             "workspace": "studio",
         }
-        assert "% of the tasks that finished" in alert["annotations"]["description"]
+        assert " tasks that finished in the last 15m failed" in alert["annotations"]["description"]
         assert "Most often: overloaded" in alert["annotations"]["description"]
         assert alert["annotations"]["runbook_url"].endswith("docs/runbook.md#creatifyfailurespike")
         assert alert["annotations"]["dashboard_url"].endswith("/d/creatify-text-generator?var-workspace=studio")

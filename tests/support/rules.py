@@ -25,7 +25,8 @@ def _faster(rule: Mapping[str, Any]) -> dict[str, Any]:
         return "[" + ":".join(_shorter(duration) for duration in match[1].split(":")) + "]"
 
     expression = re.sub(r"\[([\d\w:]+)\]", window, rule["expr"])
-    expression = re.sub(r"/ 3600\b", f"/ {3600 // FASTER}", expression)
+    expression = re.sub(r"(?<=offset )\w+", lambda match: _shorter(match[0]), expression)
+    expression = re.sub(r"\b3[69]00\b", lambda match: str(int(match[0]) // FASTER), expression)
     if rule.get("record", "").endswith("_seconds"):
         expression = re.sub(r"\d+", lambda match: str(int(match[0]) // FASTER), expression)
     durations = {key: _shorter(rule[key]) for key in ("for", "keep_firing_for") if key in rule}
