@@ -29,7 +29,7 @@ if [ -z "$$python" ]; then \
 fi
 endef
 
-.PHONY: run help test test-all test-portable lint format bench soak mutants generate dashboard docs lock dist image image-check clean
+.PHONY: run help test test-all test-portable lint format bench soak mutants alerts-report generate dashboard docs lock dist image image-check clean
 
 run: $(RUNTIME) ## run the exporter: with config.yaml, else with credentials of the environment, else the demo (ARGS="--flag=value")
 	@if [ -f config.yaml ]; then \
@@ -77,6 +77,9 @@ soak: $(DEV) ## the long form of the tests that look for leaks
 
 mutants: $(DEV) ## break the code in small ways and see whether the tests notice (ARGS="--seed=1 --count=60")
 	$(PY) -m tests.support.mutants $(ARGS)
+
+alerts-report: $(DEV) ## simulate workspace-days, and write into docs/runbook.md what the alerts see (ARGS="--each=4" is shorter)
+	$(PY) prometheus/simulate.py --write $(ARGS)
 
 # What is made from something else and committed all the same; a test fails when one of them is stale.
 generate: dashboard docs ## everything that is made from something else: dashboard and docs
