@@ -341,7 +341,7 @@ def test_prometheus_sees_the_truth_through_restarts_and_the_first_failures_of_a_
         Model("steady", 3, 0.5, 0.2, 25),
         Model("doomed", 3, 0.5, 1.0, 10, since=40.0),
     )
-    with Stage(models=models, rate=5, spikes=False) as stage:
+    with Stage(models=models, rate=5) as stage:
         config = stage.config(exposition={"zero_hold": "2s"})
         with Exporter(tmp_path, config=config) as exporter:
             target = {"job_name": "creatify", "static_configs": [{"targets": [f"127.0.0.1:{exporter.port}"]}]}
