@@ -1,17 +1,22 @@
 """Nothing leaks and nothing falls over in the long run; `make soak` runs the long form."""
 
+import os
 import signal
 from collections.abc import Iterator
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
+import trustme
+import yaml
 
-from tests.support.exporter import Exporter
+from tests.support.exporter import Exporter, Scrape, parse
 from tests.support.load import Scraping
 from tests.support.processes import eventually
-from tests.support.stage import Stage, Watch
+from tests.support.stage import Stage, Watch, credentials
 
 pytestmark = [pytest.mark.process, pytest.mark.soak, pytest.mark.timeout(3600)]
 
@@ -66,6 +71,74 @@ def test_reloads_under_fire_fail_no_scrape_and_leak_nothing(tmp_path: Path, soak
         assert exporter.memory() < 1.1 * memory
         assert exporter.running()
         assert "Traceback" not in exporter.log()
+
+
+def test_what_is_rotated_is_taken_by_itself_fails_no_scrape_and_leaks_nothing(tmp_path: Path, soak: bool) -> None:
+    """A key, the configuration and the certificate, in turn, as an operator's tools swap them: by a rename."""
+    authority, rotations = trustme.CA(), 150 if soak else 15
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+
+    def put(name: str, content: str) -> None:
+        (tmp_path / "next").write_text(content)
+        os.replace(tmp_path / "next", tmp_path / name)
+
+    def certify() -> None:
+        put("server.pem", authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.bytes().decode())
+
+    tls = {"cert_file": "server.pem", "key_file": "server.pem"}
+    (tmp_path / "web.yaml").write_text(yaml.safe_dump({"tls_server_config": tls}))
+    (tmp_path / "key").write_text("key-0")
+    certify()
+    with Stage("main", rate=1.0) as stage:
+        api_id = credentials("main")[0]
+        keys = {(api_id, f"key-{number}"): stage.simulations["main"] for number in range(rotations + 1)}
+        stage.api.workspaces = {**stage.api.workspaces, **keys}
+        config = stage.config(workspaces=[{"name": "main", "api_id": api_id, "api_key_file": "key"}])
+        flags = [f"--web.config.file={tmp_path / 'web.yaml'}", "--config.auto-reload-interval=100ms"]
+        with Exporter(tmp_path, *flags, "--log.level=warn", config=config, ca_file=tmp_path / "ca.pem") as exporter:
+            stage.baseline()
+            exporter.scrape()
+            stage.time.run(5)
+            gauge = "creatify_exporter_config_last_reload_success_timestamp_seconds"
+            before, certificates = (exporter.threads(), exporter.open_files(), exporter.memory()), 0
+            with Scraping(exporter, threads=2, workspace="main") as scraping:
+                for number in range(rotations):
+                    if number == rotations // 5:
+                        before = exporter.threads(), exporter.open_files(), exporter.memory()
+                    reloaded = once(exporter).value(gauge)
+                    if number % 3 == 0:
+                        put("key", f"key-{number + 1}")
+                    elif number % 3 == 1:
+                        put("config.yaml", yaml.safe_dump(config | {"listing": {"settle": number}}))
+                    else:
+                        certify()
+                        certificates += 1
+                    eventually(partial(other_than, exporter, gauge, reloaded), 20, "it is taken")
+                    assert once(exporter).value("creatify_exporter_config_last_reload_successful") == 1
+            stage.time.run(0)
+            assert scraping.answers > rotations
+            # A connection that is kept open may end with the certificate that it began with.
+            assert scraping.lost <= 2 * certificates
+            exact = stage.wait_until_exact(exporter)
+            errors = exact.values("creatify_exporter_listing_errors_total", "cause")
+            assert set(errors.values()) == {0}
+            threads, files, memory = before
+            eventually(lambda: exporter.threads() <= threads + 2, 20, "no thread is left over")
+            eventually(lambda: exporter.open_files() <= files + 5, 20, "no file is left open")
+            assert exporter.memory() < 1.1 * memory
+            assert exporter.log() == ""
+
+
+def other_than(exporter: Exporter, gauge: str, value: float | None) -> bool:
+    return once(exporter).value(gauge) != value
+
+
+def once(exporter: Exporter) -> Scrape:
+    """Scrape on a connection of its own, which no renewed certificate ends."""
+    with requests.Session() as session:
+        session.trust_env = False
+        answer = session.get(exporter.url + "/metrics", verify=exporter.session.verify, timeout=30)
+    return parse(answer.text)
 
 
 def test_memory_stays_where_it_is(tmp_path: Path, soak: bool) -> None:
