@@ -8,28 +8,29 @@ Every failure is an ApiError with a cause:
     timeout       not all there in time          ledger        (of the ledger, not raised here)
 """
 
-import gzip
-import http.client
-import io
+import http
 import json
 import math
 import re
 import ssl
 import threading
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC
 from email.utils import parsedate_to_datetime
+from http.client import HTTPException, IncompleteRead, RemoteDisconnected
 from itertools import chain
 from pathlib import Path
 from urllib.parse import quote, urldefrag, urljoin, urlsplit
 
+import requests
+import urllib3
+
 from creatify_exporter import __version__
+from creatify_exporter.session import Call, Watch
 from creatify_exporter.stream import MalformedBodyError, Page
 from creatify_exporter.tasks import Record
-from creatify_exporter.transport import AbortedError, Call, ProxyError
 
 CAUSES = ("auth", "rate_limited", "http", "timeout", "connection", "payload", "too_large", "ledger")
 
@@ -41,7 +42,10 @@ _MAX_TASK_SIZE = 64 * 1024 * 1024
 _READ_SIZE = 256 * 1024
 _DECIMAL = re.compile(r"[+-]?[0-9]{1,40}(\.[0-9]{0,40})?", re.ASCII)
 _PLAIN_HOST = re.compile(r"[A-Za-z0-9.:_-]{1,100}", re.ASCII)
+_LIBRARY_ERRORS = (urllib3.exceptions.HTTPError, HTTPException, OSError, ValueError)
 _PLAIN_TYPE = re.compile(r"[a-z0-9.+-]{1,40}/[a-z0-9.+-]{1,60}", re.ASCII)
+
+_watch = Watch()
 
 
 class ApiError(Exception):
@@ -106,7 +110,7 @@ class Client:
         """
         url = f"{self._base_url}{_LIST_PATH}{quote(task_id, safe='')}/"
         meter = _Meter("the task", min(self._max_response_size, _MAX_TASK_SIZE))
-        with self._working(self._listing or Call(self._timeout)) as call:
+        with self._working(self._listing or self._call(self._timeout)) as call:
             try:
                 answer = self._get(call, "text_generator_task", url, meter)
             except ApiError as error:
@@ -122,7 +126,7 @@ class Client:
     def remaining_credits(self) -> float:
         """Return the workspace's balance; raise ApiError."""
         url, meter = self._base_url + _BALANCE_PATH, _Meter("the balance", _MAX_BALANCE_SIZE)
-        with self._working(Call(min(self._timeout, _BALANCE_TIMEOUT))) as call:
+        with self._working(self._call(min(self._timeout, _BALANCE_TIMEOUT))) as call:
             answer = self._get(call, "remaining_credits", url, meter)
             with answer.reading() as pieces:
                 balance = _balance(b"".join(pieces))
@@ -135,7 +139,7 @@ class Client:
         with self._lock:
             calls = list(self._calls)
         for call in calls:
-            call.abort()
+            call.break_off("abort")
 
     def close(self) -> None:
         """Close the connection that the newest listing left open; one that is running closes its own."""
@@ -145,17 +149,22 @@ class Client:
         if call and not running:
             call.close()
 
+    def _call(self, seconds: float) -> Call:
+        return Call(seconds, self._headers, self._authorities)
+
     @contextmanager
     def _working(self, call: Call) -> Iterator[Call]:
         """Let `abort` reach the call; close its connection if nobody will use it again."""
         with self._lock:
             self._calls.add(call)
+        _watch.add(call)
         try:
             yield call
         except BaseException:
             call.close()
             raise
         finally:
+            _watch.remove(call)
             with self._lock:
                 self._calls.discard(call)
                 kept = self._listing is call
@@ -164,7 +173,7 @@ class Client:
 
     def _pages(self, stream: "TaskStream") -> Iterator[list[Record | None]]:
         self.close()
-        call = self._listing = Call(self._timeout)
+        call = self._listing = self._call(self._timeout)
         url: str | None = self._base_url + _LIST_PATH
         seen: set[str] = set()
         with self._working(call):
@@ -187,14 +196,13 @@ class Client:
         code = "error"
         try:
             with _explained(call):
-                response = call.get(url, self._headers, self._authorities)
-            code = str(response.status)
+                response = call.get(url)
+            code = str(response.status_code)
         finally:
             self._on_request(endpoint, code)
-        if response.status != http.HTTPStatus.OK:
+        if response.status_code != http.HTTPStatus.OK:
             response.close()
-            call.close()
-            raise _refusal(url, response)
+            raise _refusal(response)
         return _Answer(call, response, meter)
 
 
@@ -236,7 +244,7 @@ class TaskStream:
 class _Answer:
     """A 200 and its body."""
 
-    def __init__(self, call: Call, response: http.client.HTTPResponse, meter: _Meter) -> None:
+    def __init__(self, call: Call, response: requests.Response, meter: _Meter) -> None:
         self.date = response.headers.get("Date")
         self._call = call
         self._response = response
@@ -274,37 +282,29 @@ class _Answer:
         )
 
     def _pieces(self) -> Iterator[bytes]:
-        source = self._decoded()
+        if self._response.headers.get("Content-Encoding", "identity").strip().lower() not in ("identity", "gzip"):
+            raise ApiError("payload", "the body of the answer has an encoding that was not asked for")
         while True:
             with _explained(self._call):
-                piece = source.read(_READ_SIZE)
-                self._call.left()
+                # Of a gzip body too, no piece is longer than that.
+                piece = self._response.raw.read(_READ_SIZE, decode_content=True)
+                self._call.left()  # a socket that was shut looks like the end of the body
             if not piece:
                 break
             self._meter.add(len(piece))
             yield piece
-        if self._response.length:
-            raise ApiError("payload", "the body of the answer is cut short")
-
-    def _decoded(self) -> io.BufferedIOBase:
-        encoding = self._response.headers.get("Content-Encoding", "identity").strip().lower()
-        if encoding == "identity":
-            return self._response
-        if encoding == "gzip":
-            return gzip.GzipFile(fileobj=self._response)
-        raise ApiError("payload", "the body of the answer has an encoding that was not asked for")
 
 
-def _refusal(url: str, response: http.client.HTTPResponse) -> ApiError:
+def _refusal(response: requests.Response) -> ApiError:
     """Say what an answer other than 200 means, by its status alone."""
-    status, wait = response.status, None
+    status, wait = response.status_code, None
     cause, text = "http", f"the API answered HTTP {status}"
     if status in (401, 403):
         cause, text = "auth", f"{text}: check api_id and api_key"
     elif status == http.HTTPStatus.NOT_FOUND:
         text = f"{text}: check api.base_url"
     elif 300 <= status < 400:
-        place = _origin_text(url, response.headers.get("Location", ""))
+        place = _origin_text(response.url, response.headers.get("Location", ""))
         text = f"{text}, a redirect{place}, which is not followed: set api.base_url to where the API is"
     elif status in (429, 503):
         cause = "rate_limited" if status == 429 else "http"
@@ -368,27 +368,44 @@ def _explained(call: Call) -> Iterator[None]:
     """Turn what the libraries raise into ApiError, without their texts: these may quote URLs, headers and bodies."""
     try:
         yield
-    except (AbortedError, ProxyError, EOFError, zlib.error, http.client.HTTPException, OSError, ValueError) as error:
+    except _LIBRARY_ERRORS as error:
         raise _failure(call, error) from None
 
 
 def _failure(call: Call, error: Exception) -> ApiError:
-    if call.aborted:
+    parts = list(_related(error))
+
+    def has(*kinds: type[Exception]) -> bool:
+        return any(isinstance(part, kinds) for part in parts)
+
+    if call.over.done() and call.over.result() == "abort":
         return ApiError("connection", "the exporter broke off the request")
-    if isinstance(error, TimeoutError):
-        return ApiError("timeout", f"{call.peer or 'the API'} did not answer completely in time")
-    if isinstance(error, EOFError | zlib.error | gzip.BadGzipFile):
+    if call.over.done() or has(TimeoutError, urllib3.exceptions.ReadTimeoutError):
+        return ApiError("timeout", f"{call.peer} did not answer completely in time")
+    if has(urllib3.exceptions.DecodeError):
         return ApiError("payload", "the body of the answer cannot be decompressed")
-    if isinstance(error, http.client.IncompleteRead):
+    if has(IncompleteRead):
         return ApiError("payload", "the body of the answer is cut short")
-    if isinstance(error, ProxyError):
-        return ApiError("connection", f"the proxy of the environment {error}")
-    return ApiError("connection", f"the connection to {call.peer} failed: {_detail(error)}")
+    if has(requests.exceptions.InvalidProxyURL):
+        return ApiError("connection", "the proxy of the environment is no http:// or https:// URL")
+    detail = next(filter(None, map(_detail, parts)), type(parts[-1]).__name__)
+    if has(urllib3.exceptions.ProxyError) and isinstance(parts[-1], OSError) and parts[-1].errno is None:
+        status = re.search(r"\b[1-5][0-9]{2}\b", str(parts[-1]))
+        detail = f"the proxy of the environment answered HTTP {status[0] if status else 'nothing'}"
+    return ApiError("connection", f"the connection to {call.peer} failed: {detail}")
 
 
-def _detail(error: Exception) -> str:
+def _related(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error and those it was made of; libraries hide them in arguments and reasons."""
+    yield error
+    for part in (*error.args, getattr(error, "reason", None), error.__cause__):
+        if isinstance(part, BaseException):
+            yield from _related(part)
+
+
+def _detail(error: BaseException) -> str | None:
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"certificate not trusted, {error.verify_message}"
-    if isinstance(error, http.client.RemoteDisconnected):
+    if isinstance(error, RemoteDisconnected):
         return "closed without an answer"
-    return error.strerror if isinstance(error, OSError) and error.strerror else type(error).__name__
+    return error.strerror if isinstance(error, OSError) else None

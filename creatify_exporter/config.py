@@ -37,7 +37,7 @@ SIZE = rf"([0-9]{{1,15}})({'|'.join(SIZE_UNITS)})?"
 _WORKSPACE_NAME = re.compile("(?=.*\\S)[^\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]{1,128}")
 _HEADER_VALUE = re.compile("[!-~](?:[ -~]*[!-~])?")
 _URL_TEXT = re.compile(r"[!$-;=A-\[\]_a-z~]+")  # printable ASCII, but none of "#<>?@\^`{|}
-_LOOPBACK = re.compile(r"localhost|127(?:\.[0-9]{1,3}){3}|::1")
+LOOPBACK = re.compile(r"localhost|127(?:\.[0-9]{1,3}){3}|::1")
 _USER = re.compile("[^:\x00-\x1f\x7f-\x9f\ud800-\udfff]+")
 _BCRYPT = re.compile(r"\$2[aby]\$(?:0[4-9]|1[0-6])\$[./A-Za-z0-9]{53}")
 
@@ -167,7 +167,7 @@ class Api(Section):
     @classmethod
     def _keeps_credentials_secret(cls, allow_http: bool, info: ValidationInfo) -> bool:
         url = urlsplit(info.data.get("base_url", ""))
-        if url.scheme == "http" and not allow_http and not _LOOPBACK.fullmatch(url.hostname or ""):
+        if url.scheme == "http" and not allow_http and not LOOPBACK.fullmatch(url.hostname or ""):
             raise SiblingError("base_url", "must be https://, unless api.allow_http is true")
         return allow_http
 

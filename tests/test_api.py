@@ -21,7 +21,7 @@ import trustme
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from creatify_exporter import __version__, api, transport
+from creatify_exporter import __version__, api, session
 from creatify_exporter.api import CAUSES, ApiError, Client
 from creatify_exporter.tasks import Record
 from tests.support.servers import Exchange, Script, Server, answer, bomb, chunked, gzipped, head, in_turn
@@ -545,8 +545,12 @@ def silent_name_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         thread.join(10)
 
 
-def look_ups() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name.startswith("look-up")]
+def look_ups(name: str = "look-up") -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith(name)]
+
+
+def watchers() -> list[threading.Thread]:
+    return look_ups("deadlines")
 
 
 @pytest.mark.usefixtures("silent_name_server")
@@ -571,19 +575,20 @@ def test_abort_breaks_off_a_look_up() -> None:
     assert [error.cause for error in errors] == ["connection"]
 
 
-def test_calls_need_no_threads_beside_the_callers_own() -> None:
+def test_calls_share_one_thread_beside_the_callers_own() -> None:
     with Server(hang) as server:
         subjects = [client(server.url) for _ in range(10)]
         callers = [threading.Thread(target=lambda one=one: failure(lambda: ids(one))) for one in subjects]
-        before = threading.active_count()
+        before = threading.active_count() - len(watchers())
         for caller in callers:
             caller.start()
         deadline = time.monotonic() + 10
         while len(server.requests) < len(callers) and time.monotonic() < deadline:
             time.sleep(0.01)
         assert len(server.requests) == len(callers)
-        # A caller and the server's thread for it.
-        assert threading.active_count() == before + 2 * len(callers)
+        # A caller and the server's thread for it, and one that watches over all deadlines.
+        assert threading.active_count() == before + 2 * len(callers) + 1
+        assert len(watchers()) == 1
         for subject in subjects:
             subject.abort()
         for caller in callers:
@@ -643,11 +648,11 @@ def test_a_renewed_authority_is_taken_by_a_new_client(authority: trustme.CA, tmp
 
 
 def test_the_extra_authority_is_trusted_besides_the_usual_ones(authority: trustme.CA) -> None:
-    usual = transport.tls_context("").cert_store_stats()["x509_ca"]
+    usual = session.tls_context("").cert_store_stats()["x509_ca"]
     assert usual > 50
     extra = authority.cert_pem.bytes().decode()
-    assert transport.tls_context(extra).cert_store_stats()["x509_ca"] == usual + 1
-    assert transport.tls_context(extra) is transport.tls_context(extra)
+    assert session.tls_context(extra).cert_store_stats()["x509_ca"] == usual + 1
+    assert session.tls_context(extra) is session.tls_context(extra)
 
 
 def test_a_certificate_of_nobody_is_a_connection_error(authority: trustme.CA) -> None:
@@ -738,10 +743,10 @@ def test_abort_breaks_off_what_is_running() -> None:
 
 def test_a_call_that_was_broken_off_sends_nothing_more() -> None:
     with Server(answer(TASKS)) as server:
-        call = transport.Call(10)
-        call.abort()
-        with pytest.raises(transport.AbortedError):
-            call.get(server.url, {}, "")
+        call = session.Call(10, {}, "")
+        call.break_off("abort")
+        with pytest.raises(TimeoutError):
+            call.get(server.url)
         assert server.connections == 0
 
 
@@ -841,7 +846,7 @@ def tunnel(port: int) -> Script:
     def script(exchange: Exchange) -> None:
         exchange.keep_alive = False
         with socket.create_connection(("127.0.0.1", port)) as target:
-            exchange.send(head(103) + head(200))
+            exchange.send(head(200))
             exchange.connection.settimeout(0.02)
             target.settimeout(0.02)
             while not exchange.stopped.is_set():
