@@ -17,7 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
+import responses
 import trustme
+import urllib3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -960,3 +963,47 @@ def test_requests_carry_both_credentials_and_ask_for_gzip(slash: str) -> None:
 @pytest.mark.parametrize("key", [f"{PLANTED}\u20ac", f"{PLANTED}\r\nX: y"], ids=["not latin", "two lines"])
 def test_odd_credentials_are_an_error_that_does_not_show_them(key: str) -> None:
     assert failure(lambda: ids(client("http://127.0.0.1:9", api_key=key))).cause == "connection"
+
+
+# Without a server: what becomes of an answer, by itself
+
+
+@responses.activate
+@pytest.mark.parametrize(
+    ("status", "cause", "words"),
+    [
+        (401, "auth", "check api_id and api_key"),
+        (404, "http", "check api.base_url"),
+        (429, "rate_limited", "HTTP 429"),
+        (502, "http", "HTTP 502"),
+    ],
+)
+def test_a_refusal_is_explained_by_its_status_alone(status: int, cause: str, words: str) -> None:
+    responses.get("https://api.example/api/remaining_credits/", status=status, json={"detail": PLANTED})
+    error = failure(client("https://api.example").remaining_credits)
+    assert (error.cause, error.status) == (cause, status)
+    assert words in str(error)
+
+
+@responses.activate
+def test_a_task_is_asked_for_with_its_id_quoted_and_both_credentials() -> None:
+    headers = {"X-API-ID": f"id-{PLANTED}", "X-API-KEY": f"key-{PLANTED}", "Accept-Encoding": "gzip"}
+    responses.get(
+        "https://api.example/sse/text_generator/a%2F..%3Fb/",
+        json={"id": "a/..?b"},
+        match=[responses.matchers.header_matcher(headers)],
+    )
+    assert client("https://api.example").task("a/..?b") == Record(id="a/..?b")
+
+
+@responses.activate
+def test_what_the_library_raises_is_told_by_its_kind_and_not_by_its_text() -> None:
+    url = "https://api.example/api/remaining_credits/"
+    for raised, cause in [
+        (requests.ConnectionError(f"refused {PLANTED}"), "connection"),
+        (requests.ConnectionError(TimeoutError(PLANTED)), "timeout"),
+        (requests.exceptions.InvalidHeader(PLANTED), "connection"),
+        (urllib3.exceptions.ProtocolError(PLANTED, ConnectionResetError(104, "Connection reset")), "connection"),
+    ]:
+        responses.upsert("GET", url, body=raised)
+        assert failure(client("https://api.example").remaining_credits).cause == cause
