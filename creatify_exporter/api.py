@@ -284,10 +284,11 @@ class _Answer:
     def _pieces(self) -> Iterator[bytes]:
         if self._response.headers.get("Content-Encoding", "identity").strip().lower() not in ("identity", "gzip"):
             raise ApiError("payload", "the body of the answer has an encoding that was not asked for")
+        # Of a gzip body too, no piece is longer than that.
+        source = self._response.raw.stream(_READ_SIZE, decode_content=True)
         while True:
             with _explained(self._call):
-                # Of a gzip body too, no piece is longer than that.
-                piece = self._response.raw.read(_READ_SIZE, decode_content=True)
+                piece = next(source, b"")
                 self._call.left()  # a socket that was shut looks like the end of the body
             if not piece:
                 break
@@ -384,7 +385,7 @@ def _failure(call: Call, error: Exception) -> ApiError:
         return ApiError("timeout", f"{call.peer} did not answer completely in time")
     if has(urllib3.exceptions.DecodeError):
         return ApiError("payload", "the body of the answer cannot be decompressed")
-    if has(IncompleteRead):
+    if has(IncompleteRead) or (len(parts) == 1 and has(urllib3.exceptions.ProtocolError)):
         return ApiError("payload", "the body of the answer is cut short")
     if has(requests.exceptions.InvalidProxyURL):
         return ApiError("connection", "the proxy of the environment is no http:// or https:// URL")
