@@ -284,11 +284,10 @@ class _Answer:
     def _pieces(self) -> Iterator[bytes]:
         if self._response.headers.get("Content-Encoding", "identity").strip().lower() not in ("identity", "gzip"):
             raise ApiError("payload", "the body of the answer has an encoding that was not asked for")
-        # Of a gzip body too, no piece is longer than that.
-        source = self._response.raw.stream(_READ_SIZE, decode_content=True)
         while True:
             with _explained(self._call):
-                piece = next(source, b"")
+                # Of a gzip body too, no piece is longer than that.
+                piece = self._response.raw.read(_READ_SIZE, decode_content=True)
                 self._call.left()  # a socket that was shut looks like the end of the body
             if not piece:
                 break
@@ -385,7 +384,7 @@ def _failure(call: Call, error: Exception) -> ApiError:
         return ApiError("timeout", f"{call.peer} did not answer completely in time")
     if has(urllib3.exceptions.DecodeError):
         return ApiError("payload", "the body of the answer cannot be decompressed")
-    if has(IncompleteRead) or (len(parts) == 1 and has(urllib3.exceptions.ProtocolError)):
+    if has(IncompleteRead):
         return ApiError("payload", "the body of the answer is cut short")
     if has(requests.exceptions.InvalidProxyURL):
         return ApiError("connection", "the proxy of the environment is no http:// or https:// URL")
