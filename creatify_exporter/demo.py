@@ -273,8 +273,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         status, headers, body = self.server.api.answer(self.path.partition("?")[0], self.headers)
-        self.send_response(status)
-        for name, value in ({"Content-Type": "application/json", "Transfer-Encoding": "chunked"} | headers).items():
+        self.send_response_only(status)
+        usual = {
+            "Date": self.date_time_string(),
+            "Content-Type": "application/json",
+            "Transfer-Encoding": "chunked",
+        }
+        for name, value in (usual | headers).items():
             self.send_header(name, value)
         self.end_headers()
         for chunk in body:

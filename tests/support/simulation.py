@@ -58,6 +58,17 @@ class Simulation(demo.Simulation):
         with self._lock:
             self.spikes = [*self.spikes, Spike(start, start + duration, model, ratio)]
 
+    def listed(self, now: float) -> tuple[int, list[Life]]:
+        """Return the time reached in microseconds, and the tasks that are listed then."""
+        with self._lock:
+            reached = self.advance(now)
+            return reached, [life for life in self.tasks if reached < life.deleted]
+
+    def end_arrivals(self) -> None:
+        """Let no more tasks arrive."""
+        with self._lock:
+            self._next = 2**62
+
     def truth(self, now: float) -> Truth:
         """Return the account at a time."""
         with self._lock:

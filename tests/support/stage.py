@@ -59,6 +59,8 @@ class Time:
 class Stage:
     """Serve one simulated workspace for each of `names`; time stands still until `time.run`."""
 
+    api_type: type[SimulatedApi] = SimulatedApi
+
     def __init__(self, *names: str, **simulation: Any) -> None:
         self.time = Time()
         options = {"rate": 10.0, "history": 100, "record_size": 600, "media_share": 0.0} | simulation
@@ -66,7 +68,7 @@ class Stage:
             name: Simulation(seed, self.time(), **options) for seed, name in enumerate(names or ("main",), 1)
         }
         keyed = {credentials(name): one for name, one in self.simulations.items()}
-        self.api = SimulatedApi(keyed, self.time)
+        self.api = self.api_type(keyed, self.time)
         self._baselines: dict[str, Truth] = {}
         self._classify = Classifier()
 
