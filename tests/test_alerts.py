@@ -88,6 +88,26 @@ def test_alertmanager_accepts_the_example_configuration_and_knows_every_alert_it
     assert named <= ALERTS.keys()
 
 
+ROUTES = [
+    ("severity=critical alertname=CreatifyFailureSpike", "on-call"),
+    ("severity=critical owner=caller", "on-call"),
+    ("severity=info alertname=CreatifyModelOverflow", "notes"),
+    ("severity=warning alertname=CreatifyFailureReasonSpike owner=caller", "developers"),
+    ("severity=warning alertname=CreatifyFailureReasonSpike owner=account", "accounts"),
+    ("severity=warning alertname=CreatifyFailureReasonSpike owner=upstream", "operators"),
+    ("severity=warning alertname=CreatifyFailureReasonSpike owner=unknown", "operators"),
+    ("severity=warning alertname=CreatifySpendingSpike", "accounts"),
+    ("severity=warning alertname=CreatifyModelFailureSpike", "operators"),
+]
+
+
+@pytest.mark.parametrize(("labels", "receiver"), ROUTES)
+def test_alertmanager_routes_by_severity_and_owner(labels: str, receiver: str) -> None:
+    (amtool,) = require("amtool")
+    path = PROMETHEUS / "alertmanager.yml"
+    assert output(amtool, "config", "routes", "test", f"--config.file={path}", *labels.split()).strip() == receiver
+
+
 @pytest.mark.parametrize("alert", ALERTS.values(), ids=name_of)
 def test_an_alert_says_how_bad_what_and_where_to_look(alert: Rule) -> None:
     assert alert["labels"]["severity"] in ("critical", "warning", "info")
