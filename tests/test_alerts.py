@@ -23,6 +23,8 @@ from tests.support.commands import output, run
 from tests.support.packages import require
 from tests.support.promql import innermost_aggregations, known_labels, matched_labels, nodes, selectors
 
+pytestmark = pytest.mark.process
+
 ROOT = Path(__file__).resolve().parents[1]
 PROMETHEUS = ROOT / "prometheus"
 ALERTS_FILE = PROMETHEUS / "alerts.yml"

@@ -9,6 +9,8 @@ import pytest
 from prometheus import simulate
 from tests.support.packages import require
 
+pytestmark = pytest.mark.process
+
 # By tasks an hour and failing share: which part has to be seen, and after how many minutes half of them.
 PROMISED = {
     (6, 1.0): (0.9, 60),
