@@ -19,6 +19,7 @@ import promql_parser
 import pytest
 import yaml
 
+from creatify_exporter.reasons import BUILT_IN
 from tests.support import history
 from tests.support.commands import output
 from tests.support.exporter import ROOT
@@ -300,6 +301,15 @@ def test_a_name_that_looks_like_a_number_stays_a_name(panel: dict[str, Any]) -> 
 # ---- Colours
 
 
+# Labels of legends whose values are known here, and those values.
+NAMED: dict[str, set[str]] = {
+    "status": {"done", "failed", "pending", "running", "unknown"},
+    "reason": set(BUILT_IN),
+    "owner": {owner for owner, _ in BUILT_IN.values()},
+    "cause": set(history.CAUSES),
+}
+
+
 def colors_of_series(panel: dict[str, Any]) -> dict[str, str]:
     """Return the fixed colours of a panel by the names, or the queries, of the series."""
     return {
@@ -319,29 +329,50 @@ def is_red(color: str) -> bool:
     return saturation > 0.25 and (hue < 18 / 360 or hue > 330 / 360)
 
 
+def nearest(color: str, named: dict[str, str]) -> str:
+    """Return the name of the colour that has the hue most like that of a colour; greys are like greys."""
+
+    def hue(text: str) -> float | None:
+        angle, _, saturation = colorsys.rgb_to_hls(*(int(text[n : n + 2], 16) / 255 for n in (1, 3, 5)))
+        return angle if saturation > 0.1 else None
+
+    def distance(other: float | None) -> float:
+        wanted = hue(color)
+        if wanted is None or other is None:
+            return 0 if wanted == other else 1
+        return min(abs(wanted - other), 1 - abs(wanted - other))
+
+    return min(named, key=lambda name: distance(hue(named[name])))
+
+
 def test_no_two_reasons_share_a_colour_and_their_owners_have_colours_of_their_own() -> None:
     reasons = colors_of_series(BY_TITLE["Failures by reason"])
-    assert reasons.keys() == {r for reasons in history.OWNERS.values() for r in reasons}
-    assert len(set(reasons.values())) == len(reasons) == 16
+    assert reasons.keys() == BUILT_IN.keys()
+    assert len(set(reasons.values())) == len(reasons)
     owners = colors_of_series(BY_TITLE["Failures by owner"])
-    assert owners.keys() == history.OWNERS.keys()
-    assert len(set(owners.values())) == len(owners) == 4
+    assert owners.keys() == {owner for owner, _ in BUILT_IN.values()}
+    assert len(set(owners.values())) == len(owners)
+    # Who has to act is seen before the names are read.
+    assert {reason: nearest(color, owners) for reason, color in reasons.items()} == {
+        reason: owner for reason, (owner, _) in BUILT_IN.items()
+    }
 
 
-def test_failed_is_the_only_red_among_statuses_models_and_reasons() -> None:
+def test_failed_is_the_only_red_among_statuses_models_workspaces_reasons_and_causes() -> None:
     assert (is_red("red"), is_red("#e24d42"), is_red("#ff9830"), is_red("#8e8e8e")) == (True, True, False, False)
     for panel in PANELS:
         if panel["type"] != "timeseries":
             continue
         red = {name for name, color in colors_of_series(panel).items() if is_red(color)}
         assert red <= {"failed"}, panel["title"]
-        # Grafana's palette has red in its fifth place: models and statuses must not take their colours from it.
+        # Grafana's palette has red in its fifth place: nothing that a label names must take its colour from it.
+        scheme = panel["fieldConfig"]["defaults"]["color"]
+        shades = scheme["mode"] == "shades" and not is_red(scheme["fixedColor"])
         for target in panel["targets"]:
-            by = labels_of(target["legendFormat"])
-            if "model" in by:
-                assert target["refId"] in colors_of_series(panel), panel["title"]
-            if "status" in by:
-                assert {"done", "failed", "pending", "running", "unknown"} <= colors_of_series(panel).keys()
+            colored, by = colors_of_series(panel).keys(), labels_of(target["legendFormat"])
+            if by:
+                named = set().union(*(NAMED[label] for label in by if label in NAMED))
+                assert shades or target["refId"] in colored or (named and named <= colored), panel["title"]
     assert colors_of_series(BY_TITLE["Submitted and finished tasks"])["failed"] == "red"
     assert colors_of_series(BY_TITLE["Submitted and finished tasks"])["done"] == "green"
 
@@ -552,6 +583,13 @@ FIRST_SCREEN: dict[str, tuple[Any, Any, Any, Any, Any]] = {
         {"marketing": ("not recorded", ORANGE), "sales": ("not recorded", ORANGE)},
         ("critical", RED, "CreatifyLedgerDown"),
     ),
+    "held back": (
+        [("warning", "1", ORANGE)],
+        [("of 2 workspaces", "1", RED)],
+        UP,
+        {"sales": ("down: rate_limited", RED), "marketing": ("up", GREEN)},
+        ("warning", ORANGE, "CreatifyBalanceUnknown"),
+    ),
     "no exporter": (
         [("critical", "1", RED)],
         NO_EXPORTER,
@@ -620,6 +658,7 @@ def test_the_first_screen_tells_the_truth(past: Past, name: str) -> None:
         ("four tasks an hour", NEUTRAL, GREEN, GREEN),
         ("fresh start", NEUTRAL, GREEN, NEUTRAL),
         ("all workspaces down", NEUTRAL, NEUTRAL, NEUTRAL),
+        ("held back", GREEN, GREEN, NEUTRAL),
         ("no exporter", NEUTRAL, NEUTRAL, NEUTRAL),
         ("crowd", GREEN, RED, RED),
         ("nothing", NEUTRAL, NEUTRAL, NEUTRAL),
@@ -631,6 +670,33 @@ def test_figures_are_green_or_red_only_where_there_is_something_to_judge_by(
     titles = {"Failed (15 min)": failed, "Oldest unfinished": oldest, "Credits last": credits_last}
     for title, color in titles.items():
         assert [shown[2] for shown in past.stat(title, by_name(name))] == [color], title
+
+
+@pytest.mark.process
+def test_a_balance_that_cannot_be_read_is_said_and_the_others_do_not_reassure(past: Past) -> None:
+    scenario = by_name("held back")
+    assert past.stat("Credits last", scenario) == [("", "not all known", NEUTRAL)]
+    credits = {line["Workspace"].value: line["Credits"].text for line in past.table("Workspaces", scenario)}
+    assert credits == {"sales": "", "marketing": "unknown"}
+    knows = past.table("What the exporter knows of each workspace", scenario)
+    balance = {line["Workspace"].value: (line["Balance"].text, line["Balance"].color) for line in knows}
+    assert balance == {"sales": ("read", GREEN), "marketing": ("failed", RED)}
+
+
+@pytest.mark.process
+def test_a_workspace_that_waits_and_its_unsettled_tasks_are_pointed_out(past: Past) -> None:
+    lines = past.table("What the exporter knows of each workspace", by_name("held back"))
+    shown = {line["Workspace"].value: line for line in lines}
+    assert (shown["sales"]["Held back"].value, shown["sales"]["Held back"].color) == (95, ORANGE)
+    assert (shown["sales"]["Unsettled"].value, shown["sales"]["Unsettled"].color) == (7, ORANGE)
+    assert "Held back" not in shown["marketing"]
+    assert (shown["marketing"]["Unsettled"].value, shown["marketing"]["Unsettled"].color) == (0, "text")
+
+
+@pytest.mark.process
+def test_each_workspace_has_one_line_and_one_colour_in_the_graph_of_balances(past: Past) -> None:
+    drawn = [s.labels["workspace"] for a in past.answers("Balance (credits)", by_name("crowd")).values() for s in a]
+    assert sorted(drawn) == sorted(history.FIVE)
 
 
 @pytest.mark.process
@@ -657,11 +723,12 @@ OWN_TROUBLE = {"Alerts that fire": {"B"}, "Firing alerts": {"A", "B", "C", "D"},
 RANKS = set("ABCDEFGHI")
 WITHOUT_DATA: dict[str, dict[str, set[str]]] = {
     "all is well": {
+        "Balance (credits)": RANKS,
         "Credits used by model": RANKS,
         "Credits per finished task": RANKS,
         "Failure ratio by model": RANKS,
     },
-    "crowd": {"Failure ratio by model": RANKS},
+    "crowd": {"Failure ratio by model": RANKS, "Balance (credits)": RANKS},
 }
 
 
@@ -738,6 +805,7 @@ RANGES = {
     "one workspace down": [600, 3600],
     "all workspaces down": [3600],
     "ledger down": [600, 3600],
+    "held back": [600],
     "no exporter": [3600],
     "four tasks an hour": [3600, 6 * 3600],
     "crowd": [600, 3600],
@@ -751,7 +819,7 @@ GROWN: dict[str, tuple[str, Callable[[dict[str, str]], str]]] = {
     "Failures by reason": ("creatify_text_generator_failures_total", lambda labels: labels["reason"]),
     "Failures by owner": (
         "creatify_text_generator_failures_total",
-        lambda labels: next(owner for owner, reasons in history.OWNERS.items() if labels["reason"] in reasons),
+        lambda labels: history.OWNERS[labels["reason"]],
     ),
     "Credits used by model": ("creatify_text_generator_credits_used_total", lambda labels: labels["model"]),
 }
@@ -801,5 +869,5 @@ def test_tables_of_the_range_agree_with_the_bars_above_them(past: Past, name: st
         # Bars begin before the range, and increase() stretches what it saw to the ends of it.
         count = float(line["Count"].value)
         assert count == pytest.approx(bars[str(line["Reason"].value)], abs=2, rel=0.05), line
-        assert line["Owner"].value in history.OWNERS
+        assert line["Owner"].value == history.OWNERS[str(line["Reason"].value)]
     assert sum(float(line["Share"].value) for line in lines) == pytest.approx(1, abs=0.01)

@@ -36,3 +36,15 @@ OWN_REASONS = "#37b7a4"
 # The models that lead a ranking, first to last, and all the others: Grafana's palettes give red to a model.
 RANKS = ("#5794f2", "#f2cc0c", "#b877d9", "#37b7a4", "#ff9830", "#1250b0", "#a68a00", "#8ab8ff")
 REST = "#8e8e8e"
+
+# Why a listing failed: none is red, which is for failed tasks alone.
+CAUSES = {
+    "auth": "#b877d9",
+    "rate_limited": "#f2cc0c",
+    "http": "#ff9830",
+    "timeout": "#8ab8ff",
+    "connection": "#5794f2",
+    "payload": "#37b7a4",
+    "too_large": "#a68a00",
+    "ledger": "#8e8e8e",
+}

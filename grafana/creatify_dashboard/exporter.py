@@ -1,6 +1,6 @@
 """The exporter itself: its listings, its ledger, its process."""
 
-from creatify_dashboard.colors import GREEN, ORANGE, RED, TEXT
+from creatify_dashboard.colors import BLUE, CAUSES, GREEN, ORANGE, RED, TEXT
 from creatify_dashboard.panels import Column, Graph, Look, Query, Row, Table
 from creatify_dashboard.queries import (
     BY_MODEL,
@@ -14,12 +14,13 @@ from creatify_dashboard.queries import (
     total,
 )
 
-REPLICA = "job, instance"
+# Grafana's palette gives red to the fifth of the workspaces.
+_SHADES = BLUE
 
 
 def _by_workspace(title: str, description: str, unit: str, metric: str, empty: str = "no listing") -> Graph:
     query = Query(newest(metric, "workspace", WORKSPACE), "{{workspace}}")
-    return Graph(title, description, unit, empty, (query,), width=6, height=7, legend_right=False)
+    return Graph(title, description, unit, empty, (query,), width=6, height=7, shades=_SHADES, legend_right=False)
 
 
 ROW = Row(
@@ -31,8 +32,8 @@ ROW = Row(
             "configuration worked.",
             "short",
             "no exporter",
-            width=12,
-            height=6,
+            width=10,
+            height=7,
             columns=(
                 Column("Replica", label="instance"),
                 Column(
@@ -75,8 +76,8 @@ ROW = Row(
             "machine's clock minus the API's.",
             "locale",
             "no exporter",
-            width=12,
-            height=6,
+            width=14,
+            height=7,
             columns=(
                 Column("Workspace", label="workspace"),
                 Column(
@@ -163,6 +164,7 @@ ROW = Row(
             (Query(f"{total('cause', per_second(ERRORS, 'workspace, cause', WORKSPACE))} * 60", "{{cause}}"),),
             width=6,
             height=7,
+            names=CAUSES,
             legend_right=False,
         ),
         Graph(
@@ -182,6 +184,7 @@ ROW = Row(
             ),
             width=6,
             height=7,
+            shades=_SHADES,
             legend_right=False,
         ),
         Graph(
@@ -192,6 +195,7 @@ ROW = Row(
             (Query(newest("process_resident_memory_bytes", "instance", EXPORTER), "{{instance}}"),),
             width=6,
             height=7,
+            shades=_SHADES,
             legend_right=False,
         ),
         Graph(
@@ -202,6 +206,7 @@ ROW = Row(
             (Query(per_second("process_cpu_seconds_total", "instance", EXPORTER), "{{instance}}"),),
             width=6,
             height=7,
+            shades=_SHADES,
             legend_right=False,
         ),
     ),

@@ -28,12 +28,16 @@ from creatify_dashboard.queries import (
 
 OLD = ((0.0, GREEN), (900.0, ORANGE), (1800.0, RED))
 OFTEN = ((0.0, GREEN), (0.1, ORANGE), (0.25, RED))
-SOON = ((0.0, RED), (86400.0, ORANGE), (3 * 86400.0, GREEN))
+ENOUGH_SECONDS = 3 * 86400
+SOON = ((0.0, RED), (86400.0, ORANGE), (float(ENOUGH_SECONDS), GREEN))
 FEW = ((0.0, RED), (100.0, ORANGE), (500.0, TEXT))
 
 USED_IN_AN_HOUR = total("workspace", grown(CREDITS, BY_MODEL, "1h", WORKSPACE))
 # A workspace without credits uses none: it is empty now, and not at no time.
 TIME_TO_EMPTY = f"0 * ({BALANCE} < 1) or 3600 * {BALANCE} / ({USED_IN_AN_HOUR} > 0)"
+_SOONEST = f"min({TIME_TO_EMPTY})"
+# Others whose credits last say nothing about a workspace whose balance cannot be read.
+_UNREAD = f"max(({newest('creatify_exporter_balance_up', 'workspace', WORKSPACE)} == 0) + 1 and on () {_SOONEST})"
 NOT_RECORDED = f'max by (workspace) (increase({ERRORS}{{{WORKSPACE}, cause="ledger"}}[5m])) > 0'
 
 FINISHED_LATELY = f"round({total('', grown(FINISHED, BY_STATUS, '15m'))})"
@@ -126,13 +130,18 @@ STATS = (
     Stat(
         "Credits last",
         "How long the balance of the workspace that runs out first lasts at the pace of the last hour. Other products "
-        "of Creatify may use it up sooner.",
+        "of Creatify may use it up sooner. Not all known: the balance of a workspace could not be read, and the others "
+        "last.",
         "s",
         "unknown",
-        (Query(f"min({TIME_TO_EMPTY}) or -max({BALANCE} >= bool 0)"),),
+        (Query(f"{_SOONEST} < {ENOUGH_SECONDS} or -2 * {_UNREAD} or {_SOONEST} or -max({BALANCE} >= bool 0)"),),
         width=4,
         height=3,
-        look=Look(decimals=1, values=((0, "empty", RED), (-1, "none used", NEUTRAL)), thresholds=SOON),
+        look=Look(
+            decimals=1,
+            values=((0, "empty", RED), (-1, "none used", NEUTRAL), (-2, "not all known", NEUTRAL)),
+            thresholds=SOON,
+        ),
     ),
 )
 

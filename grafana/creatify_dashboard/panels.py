@@ -150,20 +150,29 @@ class Row:
     collapsed: bool = False
 
 
-def ranked(value: str, order: str) -> tuple[Query, ...]:
-    """Return queries of a value by model: those that lead an order, each with its own colour.
+def ranked(value: str, order: str, by: str = "model") -> tuple[Query, ...]:
+    """Return queries of a value by model, or by another label: those that lead an order, each with its own colour.
 
     Grafana gives colours by place, and one of its first five is red: with a query for each place we choose them.
     """
     return tuple(
-        Query(f"{value} and on (model) ({_place(place, order)})", "{{model}}", color=color)
+        Query(f"{value} and on ({by}) ({_place(place, order)})", f"{{{{{by}}}}}", color=color)
         for place, color in enumerate(colors.RANKS, start=1)
     )
 
 
 def rest(value: str, order: str) -> Query:
     """Return the query for the sum over all models that ranked() leaves out."""
-    return Query(f"sum({value} unless on (model) topk({len(colors.RANKS)}, {order}))", "all others", color=colors.REST)
+    return Query(f"sum({_others(value, order, 'model')})", "all others", color=colors.REST)
+
+
+def each_other(value: str, order: str, by: str) -> Query:
+    """Return the query for each of those that ranked() leaves out."""
+    return Query(_others(value, order, by), f"{{{{{by}}}}}", color=colors.REST)
+
+
+def _others(value: str, order: str, by: str) -> str:
+    return f"{value} unless on ({by}) topk({len(colors.RANKS)}, {order})"
 
 
 def _place(place: int, order: str) -> str:

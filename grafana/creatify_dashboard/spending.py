@@ -1,6 +1,6 @@
 """Credits: what text generation costs, and what is left."""
 
-from creatify_dashboard.panels import Bars, Graph, Query, Row, ranked, rest
+from creatify_dashboard.panels import Bars, Graph, Row, each_other, ranked, rest
 from creatify_dashboard.queries import (
     BALANCE,
     BY_MODEL,
@@ -8,6 +8,7 @@ from creatify_dashboard.queries import (
     CREDITS,
     FINISHED,
     MODEL,
+    WORKSPACE,
     per_bar,
     per_second,
     total,
@@ -17,6 +18,8 @@ _PER_BAR = total("model", per_bar(CREDITS, BY_MODEL))
 _MOST_USED = total("model", f"max by ({BY_MODEL}) (increase({CREDITS}{{{MODEL}}}[$__range] @ end()))")
 _USED_RATE = total("model", per_second(CREDITS, BY_MODEL))
 _FINISHED_RATE = total("model", per_second(FINISHED, BY_STATUS))
+# A balance that cannot be read at the end was read before.
+_RICHEST = f"max by (workspace) (last_over_time(creatify_remaining_credits{{{WORKSPACE}}}[$__range] @ end()))"
 
 ROW = Row(
     "Credits",
@@ -45,7 +48,7 @@ ROW = Row(
             "Credits left, for all products of Creatify. It rises when credits are bought.",
             "locale",
             "unknown",
-            (Query(BALANCE, "{{workspace}}"),),
+            (*ranked(BALANCE, _RICHEST, "workspace"), each_other(BALANCE, _RICHEST, "workspace")),
             width=24,
             height=7,
         ),

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from creatify_exporter.reasons import BUILT_IN
 from tests.support.packages import require
 
 MINUTE, HOUR, DAY = 60, 3600, 86400
@@ -21,16 +22,8 @@ SCRAPE = 60
 OFFSET = 17.25
 BUCKETS = (0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, math.inf)
 CAUSES = ("auth", "rate_limited", "http", "timeout", "connection", "payload", "too_large", "ledger")
-OWNERS = {
-    "caller": ("token_limit", "content_blocked", "invalid_request", "model_not_found", "location_unsupported"),
-    "account": ("insufficient_credits", "permission_denied"),
-    "upstream": (
-        *("quota_exceeded", "provider_billing", "overloaded", "internal_error"),
-        *("timeout", "malformed_response", "network_error"),
-    ),
-    "unknown": ("other", "unspecified"),
-}
-REASONS = tuple(reason for reasons in OWNERS.values() for reason in reasons)
+OWNERS = {reason: owner for reason, (owner, _) in BUILT_IN.items()}
+REASONS = tuple(OWNERS)
 # How often each reason comes up, among a hundred failures.
 USUAL = {
     "quota_exceeded": 30,
@@ -102,7 +95,8 @@ class Scenario:
 
     `down` are workspaces whose listings fail in the last minutes, with the cause; `ledger_down` and `gone` are minutes
     before the end in which the ledger, or the exporter, does not answer. `per_minute` is what the first workspace
-    submits.
+    submits. `no_balance` are workspaces whose balance cannot be read, `held_back` those whose listing waits, with the
+    seconds after the end until when, `unsettled` those with unfinished tasks that left the list, with their number.
     """
 
     name: str
@@ -121,6 +115,9 @@ class Scenario:
     spikes: Sequence[Spike] = ()
     alerts: Sequence[Alert] = ()
     stuck: tuple[str, str] | None = None
+    no_balance: Sequence[str] = ()
+    held_back: Mapping[str, float] = field(default_factory=dict)
+    unsettled: Mapping[str, int] = field(default_factory=dict)
     scrape: int = SCRAPE
     durations: bool = True
     reasons: Sequence[str] = REASONS
@@ -187,6 +184,17 @@ SCENARIOS = (
         TWO,
         ledger_down=15,
         alerts=(Alert("CreatifyLedgerDown", "critical", 10, {"job": "creatify", "instance": "exporter-1:9877"}),),
+    ),
+    # The API asks one workspace to wait, and refuses to tell the balance of the other.
+    Scenario(
+        "held back",
+        TWO,
+        down={"sales": "rate_limited"},
+        down_minutes=12,
+        held_back={"sales": 95},
+        unsettled={"sales": 7},
+        no_balance=("marketing",),
+        alerts=(Alert("CreatifyBalanceUnknown", "warning", 5, {"workspace": "marketing"}),),
     ),
     Scenario("no exporter", TWO, gone=20, alerts=(Alert("CreatifyExporterAbsent", "critical", 10),)),
     Scenario("no rules", TWO, rules=False),
@@ -299,8 +307,9 @@ class _Simulation:
         for number, workspace in enumerate(self.scenario.workspaces):
             down = self.is_down(workspace, moment)
             cause = self.scenario.down.get(workspace, "http")
-            code = "200" if not down else {"auth": "401"}.get(cause, "502")
-            for key in (("text_generator", code), ("remaining_credits", "401" if code == "401" else "200")):
+            code = "200" if not down else {"auth": "401", "rate_limited": "429"}.get(cause, "502")
+            balance = "401" if code == "401" else "403" if workspace in self.scenario.no_balance else "200"
+            for key in (("text_generator", code), ("remaining_credits", balance)):
                 self.requests[workspace][key] = self.requests[workspace].get(key, 0) + 1
             if down:
                 self.errors[workspace][cause] += 1
@@ -347,24 +356,27 @@ class _Simulation:
 
     def _workspace(self, workspace: str, moment: float) -> Iterator[tuple[str, dict[str, str], float]]:
         down = self.is_down(workspace, moment)
-        refused = down and self.scenario.down[workspace] == "auth"
+        unread = (down and self.scenario.down[workspace] == "auth") or workspace in self.scenario.no_balance
         yield "creatify_up", {}, 0 if down else 1
         yield "creatify_exporter_last_success_timestamp_seconds", {}, self.last_success[workspace] + 0.4
         yield "creatify_exporter_listing_duration_seconds", {}, round(self.chance.uniform(0.6, 1.4), 3)
         yield "creatify_exporter_ledger_start_timestamp_seconds", {}, self.start
         yield "creatify_exporter_ledger_tasks", {}, 600 + sum(c.submitted for c in self.models[workspace])
-        yield "creatify_exporter_unsettled_tasks", {}, 0
+        yield "creatify_exporter_unsettled_tasks", {}, self.scenario.unsettled.get(workspace, 0)
+        if down and workspace in self.scenario.held_back:
+            until = self.end + self.scenario.held_back[workspace]
+            yield "creatify_exporter_backoff_until_timestamp_seconds", {"endpoint": "text_generator"}, until
         yield "creatify_exporter_clock_offset_seconds", {}, round(self.chance.uniform(-0.4, 0.4), 3)
-        yield "creatify_exporter_balance_up", {}, 0 if refused else 1
-        if not refused:
+        yield "creatify_exporter_balance_up", {}, 0 if unread else 1
+        if not unread:
             yield "creatify_remaining_credits", {}, round(self.balance[workspace], 2)
         for cause, count in self.errors[workspace].items():
             yield "creatify_exporter_listing_errors_total", {"cause": cause}, count
         for (endpoint, code), count in self.requests[workspace].items():
             yield "creatify_exporter_api_requests_total", {"endpoint": endpoint, "code": code}, count
         for reason in self.scenario.reasons:
-            owner = next(owner for owner, reasons in OWNERS.items() if reason in reasons)
-            yield "creatify_text_generator_failure_reason_info", {"reason": reason, "owner": owner}, 1
+            labels = {"reason": reason, "owner": OWNERS[reason]}
+            yield "creatify_text_generator_failure_reason_info", labels, 1
         if not down:
             listed = sum(sum(c.finished.values()) for c in self.models[workspace])
             yield "creatify_exporter_listing_size_bytes", {}, 2700 * min(900, listed)
