@@ -715,6 +715,8 @@ def test_a_table_without_anything_to_tell_says_so_only_where_that_is_known(past:
     (line,) = past.table("Reasons over the time range", by_name("no failures"))
     assert (line["Reason"].value, line["Count"].value) == ("no failures", 0)
     assert past.table("Reasons over the time range", by_name("nothing")) == []
+    # A quantile of no tasks is NaN, and Grafana would show it.
+    assert all("p90" not in line for line in past.table("Models over the time range", by_name("fresh start")))
     assert past.table("Alerts that fire", by_name("no rules")) == []
 
 

@@ -57,7 +57,7 @@ ROW = Row(
                     empty="",
                     width=220,
                 ),
-                Column("p90", expr=f"histogram_quantile(0.9, {_DURATIONS})", look=Look("s", 1), width=120),
+                Column("p90", expr=f"histogram_quantile(0.9, {_DURATIONS}) >= 0", look=Look("s", 1), width=120),
                 Column("Credits", expr=f"round({_CREDITS}, 0.01)", look=Look(color=BLUE), cell="bar", width=260),
                 Column("Credits/task", expr=f"{_CREDITS} / ({_FINISHED} >= 1)", look=Look(decimals=2), width=140),
             ),
