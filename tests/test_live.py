@@ -35,6 +35,7 @@ WITHOUT_DATA = {
     *(f"Failure ratio by model ({ref})" for ref in "ABCDEFGH"),
     *(f"{title} ({ref})" for title in ("Credits used by model", "Credits per finished task") for ref in "EFGHI"),
     *(f"What the exporter knows of each workspace ({ref})" for ref in "BF"),
+    *(f"Balance (credits) ({ref})" for ref in "BCDEFGHI"),  # of further workspaces
 }
 # What is about each replica.
 BY_INSTANCE = {"Replicas", "Memory", "CPU"}

@@ -27,7 +27,7 @@ def _faster(rule: Mapping[str, Any]) -> dict[str, Any]:
     expression = re.sub(r"\[([\d\w:]+)\]", window, rule["expr"])
     expression = re.sub(r"(?<=offset )\w+", lambda match: _shorter(match[0]), expression)
     expression = re.sub(r"\b3[69]00\b", lambda match: str(int(match[0]) // FASTER), expression)
-    if rule.get("record", "").endswith("_seconds"):
+    if re.fullmatch("creatify:threshold:.*_seconds", rule.get("record", "")):
         expression = re.sub(r"\d+", lambda match: str(int(match[0]) // FASTER), expression)
     durations = {key: _shorter(rule[key]) for key in ("for", "keep_firing_for") if key in rule}
     return {**rule, "expr": expression, **durations}
