@@ -1,6 +1,7 @@
 """The status page: what it says in every state; the browser's view of it is test_status_browser.py's subject."""
 
 import re
+import sys
 import time
 from html.parser import HTMLParser
 from typing import Any
@@ -147,12 +148,16 @@ def test_the_page_needs_neither_scripts_nor_inline_styles(state: str) -> None:
 
 def test_twenty_workspaces_of_twenty_models_take_less_than_100_ms() -> None:
     page("many")  # which compiles the template
-    took = []
-    for _ in range(5):
-        begin = time.process_time()
-        page("many")
-        took.append(time.process_time() - begin)
-    assert min(took) < 0.1
+    took, tracing = [], sys.gettrace()
+    sys.settrace(None)  # measuring coverage takes as long again
+    try:
+        for _ in range(10):
+            begin = time.process_time()
+            page("many")
+            took.append(time.process_time() - begin)
+    finally:
+        sys.settrace(tracing)
+    assert min(took) < 0.1, took
 
 
 @pytest.mark.parametrize(
