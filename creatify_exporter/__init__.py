@@ -3,7 +3,7 @@
 import sys
 
 # Old Pythons read this file before any other, so it keeps to what they understand.
-if sys.version_info < (3, 11):  # noqa: UP036
+if sys.version_info < (3, 11):  # noqa: UP036 - old Pythons get here
     sys.exit("creatify-exporter needs Python 3.11 or later; this is Python " + sys.version.split()[0])
 
 __version__ = "0.2.0"
