@@ -88,12 +88,13 @@ _HIDES: Final = {
     "quota_exceeded": {"provider_billing", "insufficient_credits", "overloaded", "location_unsupported"},
     "insufficient_credits": {"provider_billing", "quota_exceeded"},
     "permission_denied": _ASKED - {"overloaded", "token_limit"},
-    "overloaded": {"provider_billing", "permission_denied", "timeout", "network_error", "model_not_found"},
+    "overloaded": {"provider_billing", "timeout", "network_error", "model_not_found"},
     "timeout": {"permission_denied"},
     "model_not_found": {"invalid_request"},
     "invalid_request": _ASKED,
     "internal_error": _ASKED | {"internal_error", "invalid_request", "timeout", "malformed_response", "network_error"},
     "network_error": _ASKED | {"invalid_request", "timeout", "malformed_response"},
+    "malformed_response": _ASKED,
     "other": _ASKED | {"invalid_request", "timeout", "malformed_response", "network_error"},
 }
 """What a status is known to be sent for as well: there a specific cause in prose beats it."""
