@@ -111,6 +111,7 @@ class Book:
         self._listed_at: int | None = None
         self._loaded_at: int | None = None
         self._others = False  # whether other replicas wrote since
+        self._records = True  # whether the newest commit worked
 
     def draft(self) -> Draft:
         """Return an empty draft for one listing; the first one in a process reads what the ledger holds."""
@@ -167,6 +168,7 @@ class Book:
                 _ask(still)
                 return row.revision, totals, states, others
 
+            self._records = False
             try:
                 self._revision, self.totals, states, others = self._ledger.transact(record)
             except (_ReplacedError, LedgerUncertainError) as error:
@@ -174,7 +176,7 @@ class Book:
                 self._revision = 0 if isinstance(error, _ReplacedError) else self._revision
                 raise
             # Only what a transaction has committed may be exposed or believed.
-            self._committed_at = clock
+            self._records, self._committed_at = True, clock
             self._others |= others
             self._forget_answers(self.totals)
             if draft:
@@ -241,9 +243,12 @@ class Book:
         }
 
     def _missing(self, draft: Draft, limit: int, now: int, date: int | None) -> list[str]:
-        """Return the ids to ask for, longest missing first; none while the ledger does not answer."""
+        """Return the ids to ask for, longest missing first; none while the ledger does not record.
+
+        A full disk can be read: without a note of them the same tasks would be asked for in each listing.
+        """
         left = draft.left(unfinished=True)
-        if not self._ledger.up or not (left or (self.totals and self.totals.unsettled)):
+        if not self._records or not (left or (self.totals and self.totals.unsettled)):
             return []
         at = now - self._offset if date is None else date
         ours, ask_at = db.tasks.c.workspace == self._name, db.tasks.c.ask_at

@@ -2,23 +2,32 @@
 
 import sqlite3
 import tempfile
+import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from itertools import count
+from pathlib import Path
 from typing import Any, TypeVar
 
+import psycopg
 import pytest
 import sqlalchemy as sa
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 from sqlalchemy.engine import Connection
 
 from creatify_exporter.database import LedgerError
 from creatify_exporter.ledger import Book, Ledger, Policy
 from creatify_exporter.tasks import FINISHED, HOUR, NANO, SECOND, TaskReader
+from tests.support.faults import full_disk, refuse
+from tests.support.postgres import Postgres, Proxy
+from tests.support.processes import eventually
 from tests.support.records import POLICY, START, classify, counted, read_task, record, shown
+
+pytestmark = pytest.mark.timeout(900)  # to tell how it fails in few steps takes hypothesis minutes
 
 T = TypeVar("T")
 MODELS = ("a", "b", "c", "d")
@@ -116,21 +125,64 @@ def model_of(history: Iterable[Committed], policy: Policy) -> Model:
     return model
 
 
-class ForgetfulLedger(Ledger):
-    """A ledger whose database can lose the answer to a COMMIT that took effect."""
+def nothing() -> None:
+    pass
 
-    forgets = False
+
+class FaultyLedger(Ledger):
+    """A ledger whose database can fail, or be silent, when a COMMIT has taken effect; `at_rest` when nothing runs."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self.at_rest = threading.Event()
+        self.after_commit: Callable[..., None] = nothing
 
     def _run(self, work: Callable[[Connection], T]) -> T:
-        result = super()._run(work)
-        if self.forgets:
-            raise sqlite3.OperationalError("the connection is gone")
-        return result
+        self.at_rest.clear()
+        try:
+            result = super()._run(work)
+            self.after_commit()
+            return result
+        finally:
+            self.at_rest.set()
+
+    @contextmanager
+    def impatient(self) -> Iterator[None]:
+        """Do not wait long for an answer; only where none is expected, or a busy machine would fail the test."""
+        patient, self._deadline = self._deadline, 0.05
+        try:
+            yield
+        finally:
+            self._deadline = patient
+
+
+@contextmanager
+def on_event(ledger: FaultyLedger, moment: str, number: int, act: Callable[..., None]) -> Iterator[None]:
+    """Act when the database is about to do something for the `number`th time, and each time after that."""
+    left = [number]
+
+    def come(*arguments: Any) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            act(*arguments)
+
+    if moment == "committed":
+        ledger.after_commit = come
+    else:
+        sa.event.listen(sa.Engine, moment, come)
+    try:
+        yield
+    finally:
+        if moment == "committed":
+            ledger.after_commit = nothing
+        else:
+            sa.event.remove(sa.Engine, moment, come)
 
 
 class Machine(RuleBasedStateMachine):
     """A simulated API, its listings early and late, and one or more exporters that share a ledger file."""
 
+    workspace = "w"
     replicas = 1
     policy = replace(POLICY, max_models=2, retention=2 * 3600)
 
@@ -148,22 +200,31 @@ class Machine(RuleBasedStateMachine):
         self.history: list[Committed] = []
         self.under_way: tuple[Committed, list[str]]
         self.asked_at: dict[str, int] = {}
+        self.unrecorded: set[str] = set()
         self.answered_404: set[str] = set()
         self.last: list[dict[tuple[str, str, str], int]] = [{} for _ in range(self.replicas)]
         self.born: dict[tuple[str, str, str], int] = {}
-        self.ledgers: list[ForgetfulLedger] = []
+        self.ledgers: list[FaultyLedger] = []
         self.books: list[Book] = []
         for _ in range(self.replicas):
             self.ledgers.append(self.fresh())
-            self.books.append(self.ledgers[-1].book("w"))
+            self.ledgers[-1].open()
+            self.books.append(self.ledgers[-1].book(self.workspace))
 
-    def fresh(self) -> ForgetfulLedger:
-        return ForgetfulLedger(f"sqlite:///{self.directory.name}/ledger.db")
+    def fresh(self) -> FaultyLedger:
+        return FaultyLedger(f"sqlite:///{self.directory.name}/ledger.db")
 
     def teardown(self) -> None:
         for ledger in self.ledgers:
             ledger.close()
         self.directory.cleanup()
+
+    @initialize(running=st.integers(0, 3))
+    def begin(self, running: int) -> None:
+        """Let there mostly be tasks that the ledger knows and that will end: with them most happens."""
+        if running:
+            self.submit(running, "a", "running", 0, 0.1)
+            self.list(0)
 
     # What happens at the API.
 
@@ -251,6 +312,7 @@ class Machine(RuleBasedStateMachine):
         known = {fact.id: fact for fact in (*self.facts, *self.gone)}
         date = now if self.dated else None
         asked = draft.missing(3, now + self.skew, date)
+        self.check_questions(asked, now, {fact.id for fact in facts})
         answers = []
         for task_id in asked:
             if task_id in self.silent:
@@ -265,19 +327,27 @@ class Machine(RuleBasedStateMachine):
         models = list(dict.fromkeys(fact.model for fact in facts))
         book.commit(draft, models, self.policy, now + self.skew, date)
 
-    def committed(self, one: Committed, asked: Sequence[str]) -> None:
-        """Take note of a committed listing, and of what was asked for in it."""
-        for fact in one.facts:
-            self.asked_at.pop(fact.id, None)
-            self.answered_404.discard(fact.id)
+    def check_questions(self, asked: Sequence[str], now: int, listed: set[str]) -> None:
+        """Compare what is asked with what may be; an answer that could not be recorded may be asked for again."""
         before = model_of(self.history, self.policy)
         for task_id in asked:
             assert before.seen[task_id][1] is None, "a finished task was asked for"
-            assert task_id not in {fact.id for fact in one.facts}
+            assert task_id not in listed
             if self.replicas == 1:
                 assert task_id not in self.answered_404, "a task that is gone was asked for again"
-                assert one.now - self.asked_at.get(task_id, 0) >= 30 * SECOND
-            self.asked_at[task_id] = one.now
+                assert now - self.asked_at.get(task_id, 0) >= 30 * SECOND, "a task was asked for too often"
+            self.asked_at[task_id] = now
+        self.unrecorded |= set(asked)
+
+    def forget_questions(self, ids: Iterable[str]) -> None:
+        for task_id in ids:
+            self.asked_at.pop(task_id, None)
+
+    def committed(self, one: Committed, asked: Sequence[str]) -> None:
+        """Take note of a committed listing, and of what was asked for in it."""
+        self.forget_questions([*(fact.id for fact in one.facts), *(self.unrecorded - set(asked))])
+        self.unrecorded.clear()
+        self.answered_404 -= {fact.id for fact in one.facts}
         self.answered_404 |= set(asked) & self.deleted - self.silent
         self.history.append(one)
 
@@ -324,10 +394,60 @@ class Machine(RuleBasedStateMachine):
         self.now += SECOND
         try:
             with pytest.raises(LedgerError, match="OperationalError"):
-                self.attempt(replica, [*self.facts], lambda: setattr(ledger, "forgets", True))
+                self.attempt(replica, [*self.facts], lambda: setattr(ledger, "after_commit", refuse))
         finally:
-            ledger.forgets = False
+            ledger.after_commit = nothing
         self.committed(*self.under_way)
+
+    @rule(
+        replica=st.integers(0, 5),
+        moment=st.sampled_from(("before_cursor_execute", "after_cursor_execute", "commit", "committed")),
+        number=st.integers(0, 12),
+        listings=st.integers(0, 2),
+    )
+    def go_silent(self, replica: int, moment: str, number: int, listings: int) -> None:
+        """The database leaves anything unanswered, and moves again much later: it may have done what it was told."""
+        replica %= self.replicas
+        number %= 3 if moment in ("commit", "committed") else 13
+        self.now += SECOND
+        revision = self.revision()
+        with self.silence(replica, moment, number) as silent:
+            try:
+                self.attempt(replica, [*self.facts])
+                self.committed(*self.under_way)
+                lost = None
+            except LedgerError:
+                lost = self.under_way
+            for _ in range(listings if silent() else 0):
+                self.now += SECOND
+                with pytest.raises(LedgerError, match="no answer"):
+                    self.attempt(replica, [*self.facts])
+                assert self.under_way[1] == [], "tasks were asked for while nothing could be recorded"
+                if self.books[replica].totals:
+                    self.answer(replica)
+        if lost and self.revision() != revision:
+            self.committed(*lost)
+
+    @contextmanager
+    def silence(self, replica: int, moment: str, number: int) -> Iterator[Callable[[], bool]]:
+        """Let the database hang at a moment, if it comes; at the end it moves on, and comes to rest."""
+        ledger, moves, silent = self.ledgers[replica], threading.Event(), threading.Event()
+
+        def hang(*_: object) -> None:
+            silent.set()
+            moves.wait(30)
+
+        with on_event(ledger, moment, number, hang), ledger.impatient():
+            try:
+                yield silent.is_set
+            finally:
+                moves.set()
+                assert ledger.at_rest.wait(30)
+
+    def revision(self) -> int:
+        """Return what the database itself says of how often a transaction changed something."""
+        with closing(sqlite3.connect(Path(self.directory.name, "ledger.db"))) as connection:
+            return int(connection.execute("SELECT coalesce(sum(revision), 0) FROM workspaces").fetchone()[0])
 
     @rule(replica=st.integers(0, 5))
     def catch_up(self, replica: int) -> None:
@@ -348,32 +468,31 @@ class Machine(RuleBasedStateMachine):
         draft.add(read(fact.record() for fact in self.facts[:done]))
 
     @rule(replica=st.integers(0, 5), statement=st.integers(0, 12))
-    def fail(self, replica: int, statement: int) -> None:
-        """The database fails at any statement or at the commit: all or nothing."""
-        left = [statement]
+    def fail_anywhere(self, replica: int, statement: int) -> None:
+        """The database fails at any statement: all or nothing."""
+        replica %= self.replicas
+        with on_event(self.ledgers[replica], "before_cursor_execute", statement, refuse), suppress(LedgerError):
+            self.attempt(replica, [*self.facts])
+            self.committed(*self.under_way)
 
-        def run_out(*_: object) -> None:
-            left[0] -= 1
-            if left[0] < 0:
-                raise sqlite3.OperationalError("database or disk is full")
-
-        events = ("before_cursor_execute", "commit")
-        for event in events:
-            sa.event.listen(sa.Engine, event, run_out)
-        try:
-            with suppress(LedgerError):
-                self.attempt(replica % self.replicas, [*self.facts])
-                self.committed(*self.under_way)
-        finally:
-            for event in events:
-                sa.event.remove(sa.Engine, event, run_out)
+    @rule(replica=st.integers(0, 5), listings=st.integers(1, 4))
+    def fill_the_disk(self, replica: int, listings: int) -> None:
+        """Whatever is to be written fails at its COMMIT, and can be read all the same."""
+        replica %= self.replicas
+        with full_disk():
+            for _ in range(listings):
+                self.now += SECOND
+                with suppress(LedgerError):
+                    self.attempt(replica, [*self.facts])
+                    self.committed(*self.under_way)
 
     @rule(replica=st.integers(0, 5))
     def restart(self, replica: int) -> None:
         replica %= self.replicas
         self.ledgers[replica].close()
         self.ledgers[replica] = self.fresh()
-        self.books[replica] = self.ledgers[replica].book("w")
+        self.books[replica] = self.ledgers[replica].book(self.workspace)
+        self.forget_questions(self.unrecorded)
 
 
 class Replicas(Machine):
@@ -387,6 +506,57 @@ class Replicas(Machine):
         self.listed(replica, self.earlier[which % len(self.earlier)])
 
 
+class OnPostgres(Replicas):
+    """The same with a PostgreSQL behind a proxy that goes silent."""
+
+    url: str
+    proxy: Proxy
+    names = count(1)
+
+    def __init__(self) -> None:
+        self.workspace = f"w{next(self.names)}"
+        super().__init__()
+
+    def fresh(self) -> FaultyLedger:
+        return FaultyLedger(self.proxy.url(self.url))
+
+    @contextmanager
+    def silence(self, replica: int, moment: str, number: int) -> Iterator[Callable[[], bool]]:
+        """Let nothing get through, or no answer; what was asked arrives at last, or is lost with the connection."""
+        silent = threading.Event()
+        asked_in_vain = moment in ("before_cursor_execute", "commit")
+
+        def hang(connection: Any, *_: object) -> None:
+            connection.connection.dbapi_connection.patience = 0.1
+            self.proxy.silence(answers_only=not asked_in_vain)
+            silent.set()
+
+        event = {"committed": "commit", "after_cursor_execute": "before_cursor_execute"}.get(moment, moment)
+        try:
+            with on_event(self.ledgers[replica], event, number, hang):
+                yield lambda: False  # to connect again takes seconds
+        finally:
+            if number % 2:
+                self.proxy.lose_connections()
+            self.proxy.resume()
+            with psycopg.connect(self.url, autocommit=True) as connection:
+                busy = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> %s"
+                busy += " AND xact_start IS NOT NULL"
+
+                def at_rest() -> bool:
+                    found = connection.execute(busy, [connection.info.backend_pid]).fetchone()
+                    return found == (0,)
+
+                eventually(at_rest, 30, "no transaction is left")
+
+    def revision(self) -> int:
+        with psycopg.connect(self.url) as connection:
+            query = "SELECT coalesce(sum(revision), 0) FROM workspaces WHERE name = %s"
+            found = connection.execute(query, [self.workspace]).fetchone()
+            assert found is not None
+            return int(found[0])
+
+
 class Counting(Machine):
     """The same with `count_existing`."""
 
@@ -394,9 +564,22 @@ class Counting(Machine):
 
 
 _settings = settings(
-    max_examples=30, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True
+    max_examples=30,
+    stateful_step_count=40,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    print_blob=True,
+    phases=set(Phase) - {Phase.explain},  # which takes minutes
 )
 TestOneExporter = Machine.TestCase
 TestReplicas = Replicas.TestCase
 TestCounting = Counting.TestCase
 TestOneExporter.settings = TestReplicas.settings = TestCounting.settings = _settings
+
+
+@pytest.mark.process
+@pytest.mark.filterwarnings("ignore:.*was deleted while still open:ResourceWarning")  # a cursor of a lost connection
+def test_replicas_on_a_postgresql_that_goes_silent() -> None:
+    with Postgres() as postgres, Proxy(postgres.port) as proxy:
+        OnPostgres.url, OnPostgres.proxy = postgres.create_database(), proxy
+        run_state_machine_as_test(OnPostgres, settings=settings(_settings, max_examples=6))

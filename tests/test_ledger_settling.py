@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from creatify_exporter.ledger import Book, Ledger
+from creatify_exporter.ledger import Book, Ledger, LedgerError
 from creatify_exporter.tasks import HOUR, NANO, Record
+from tests.support.faults import full_disk
 from tests.support.records import POLICY, SECOND, START, commit, commit_asking, counted, record, shown
 
 MINUTE = 60 * SECOND
@@ -221,6 +222,20 @@ def test_a_listing_that_is_not_committed_settles_nothing(book: Book) -> None:
     assert draft.missing(10, START + 2 * SECOND) == ["a"]
     draft.gone("a")
     assert commit_asking(book, [], {"a": failed("a")}, at=3 * SECOND)[1] == ["a"]
+    assert counted(book) == FAILED
+
+
+def test_what_cannot_be_recorded_is_not_asked_again_and_again(book: Book) -> None:
+    """A full disk often refuses the COMMIT alone."""
+    end, asked = {"a": failed("a")}, list[str]()
+    with full_disk():
+        for second in range(2, 6):
+            draft = book.draft()
+            asked += draft.missing(10, START + second * SECOND)
+            with pytest.raises(LedgerError):
+                book.commit(draft, [], POLICY, START + second * SECOND)
+    assert asked == ["a"]
+    assert [commit_asking(book, [], end, at=second * SECOND)[1] for second in (6, 7)] == [[], ["a"]]
     assert counted(book) == FAILED
 
 
