@@ -8,8 +8,8 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +20,7 @@ import pytest
 from creatify_exporter.demo import Model
 from creatify_exporter.ledger import Ledger
 from creatify_exporter.tasks import NANO
+from tests.support.clock import DAY, STEPS, WrongClock
 from tests.support.commands import run
 from tests.support.exporter import Exporter
 from tests.support.lister import credits_of, ends, list_once
@@ -46,17 +47,55 @@ def count_from_here(stage: Stage, exporter: Exporter) -> None:
     assert set(counter_series(exporter.scrape()).values()) == {0.0}
 
 
-def kill_again_and_again(stage: Stage, exporter: Exporter, times: int) -> None:
-    """Kill the exporter at random moments of constant scraping; it starts again each time."""
+Silence = Callable[[], AbstractContextManager[None]]
+
+
+def kill_again_and_again(stage: Stage, exporter: Exporter, clock: WrongClock, silence: Silence, times: int) -> None:
+    """Kill the exporter at random moments of constant scraping; it starts again each time.
+
+    Meanwhile its clock and that of the API are stepped by days, before and while it runs, and every other time its
+    ledger has just gone silent, once for so long that the exporter gives it up.
+    """
     chance = random.Random(times)
-    with Scraping(exporter, threads=2) as scraping:
-        for _ in range(times):
+    with Scraping(exporter, threads=2, pause=0.05) as scraping:
+        for number in range(times):
             scraping.wait_for(1)
-            threading.Event().wait(chance.uniform(0, 0.4))  # the moment is what is random here
-            exporter.kill()
+            clock.step(chance.choice(STEPS))
+            stage.api.offset = chance.choice((-3 * DAY, 0, 3 * DAY))
+            with ExitStack() as stack:
+                if number % 2:
+                    stack.enter_context(silence())
+                if number == 1:
+                    eventually(lambda: exporter.get("/-/ready").status_code == 503, 30, "the ledger is missed")
+                threading.Event().wait(chance.uniform(0, 0.4))  # the moment is what is random here
+                exporter.kill()
+            clock.step(chance.choice(STEPS))
             exporter.start()
     assert scraping.answers > times
     assert scraping.lost > 0
+    stage.time.run(0)
+    stage.api.offset = 0
+    clock.step(100 * DAY)
+    offset = stage.wait_until_exact(exporter).value("creatify_exporter_clock_offset_seconds")
+    assert offset == pytest.approx(100 * DAY, abs=DAY)
+
+
+@contextmanager
+def locked(ledger: Path) -> Iterator[None]:
+    """Hold the lock of a SQLite file, as another process does."""
+    with closing(sqlite3.connect(ledger, timeout=30, isolation_level=None)) as connection:
+        connection.execute("BEGIN IMMEDIATE")
+        yield
+
+
+@contextmanager
+def silenced(proxy: Proxy, chance: random.Random) -> Iterator[None]:
+    """Let nothing through, or no answer; at the end what was asked arrives, or is lost."""
+    proxy.silence(answers_only=chance.random() < 0.5)
+    yield
+    if chance.random() < 0.5:
+        proxy.lose_connections()
+    proxy.resume()
 
 
 @pytest.mark.soak
@@ -78,30 +117,34 @@ def test_a_kill_while_the_ledger_is_made_does_not_stop_the_next_start(tmp_path: 
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
 def test_kills_at_random_moments_lose_nothing_and_double_nothing(tmp_path: Path, soak: bool) -> None:
-    with Stage(rate=20) as stage, Exporter(tmp_path, config=stage.config()) as exporter:
+    clock, ledger = WrongClock(tmp_path), tmp_path / "creatify-exporter.db"
+    with (
+        Stage(rate=6) as stage,
+        Exporter(tmp_path, config=stage.config(), environment=clock.environment) as exporter,
+    ):
         count_from_here(stage, exporter)
         stage.time.run(10)
-        kill_again_and_again(stage, exporter, 300 if soak else 10)
-        stage.time.run(0)
-        stage.wait_until_exact(exporter)
+        kill_again_and_again(stage, exporter, clock, partial(locked, ledger), 300 if soak else 10)
         assert sum(stage.truth().submitted.values()) > 1000
         assert exporter.stop() == 0
         assert "Traceback" not in exporter.log()
-        with closing(sqlite3.connect(tmp_path / "creatify-exporter.db")) as ledger:
-            assert ledger.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+        with closing(sqlite3.connect(ledger)) as connection:
+            assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
 def test_kills_at_random_moments_lose_nothing_in_postgresql(tmp_path: Path, postgres: Postgres, soak: bool) -> None:
-    with Stage(rate=20) as stage:
-        config = stage.config(ledger={"url": postgres.create_database()})
-        with Exporter(tmp_path, config=config) as exporter:
+    clock = WrongClock(tmp_path)
+    with Stage(rate=6) as stage, Proxy(postgres.port) as proxy:
+        config = stage.config(ledger={"url": proxy.url(postgres.create_database())})
+        silence = partial(silenced, proxy, random.Random(0))
+        with Exporter(tmp_path, config=config, environment=clock.environment) as exporter:
             count_from_here(stage, exporter)
             stage.time.run(10)
-            kill_again_and_again(stage, exporter, 100 if soak else 4)
-            stage.time.run(0)
-            stage.wait_until_exact(exporter)
+            kill_again_and_again(stage, exporter, clock, silence, 100 if soak else 4)
+            assert exporter.stop() == 0
+            assert "Traceback" not in exporter.log()
 
 
 @pytest.mark.soak
@@ -109,29 +152,41 @@ def test_kills_at_random_moments_lose_nothing_in_postgresql(tmp_path: Path, post
 def test_kills_lose_no_end_of_a_task_that_left_the_list(
     tmp_path: Path, postgres: Postgres, soak: bool, backend: str, replicas: int
 ) -> None:
-    """The API lists a window only; whatever was listed once is counted to its end, by its id."""
+    """The API lists a window only; whatever was listed once is counted to its end, by its id.
+
+    The clocks are stepped by days all the time, and every other time the ledger is silent in the end.
+    """
     url = f"sqlite:///{tmp_path}/ledger.db" if backend == "sqlite" else postgres.create_database()
     chance, clock, tick = random.Random(replicas), tmp_path / "clock", 0
+
+    def tell_the_time() -> None:
+        (tmp_path / "next").write_text(f"{tick} {chance.choice(STEPS)}")
+        (tmp_path / "next").rename(clock)
+
     with closing(Ledger(url)) as ledger:
         list_once(ledger, 0, [])
-    for _ in range(60 if soak else 4):
-        tick += chance.randrange(1, 3)
-        clock.write_text(str(tick))
-        command = [sys.executable, "-m", "tests.support.lister", url, str(clock)]
-        running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(replicas)]
-        try:
-            for _ in range(4):
+    with Proxy(postgres.port) as proxy:
+        command = [sys.executable, "-m", "tests.support.lister", proxy.url(url), str(clock)]
+        silence = partial(locked, tmp_path / "ledger.db") if backend == "sqlite" else partial(silenced, proxy, chance)
+        for number in range(60 if soak else 4):
+            tick += chance.randrange(1, 3)
+            tell_the_time()
+            running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(replicas)]
+            with ExitStack() as stack:
                 for process in running:
-                    assert process.stdout
-                    assert process.stdout.readline() == "listed\n"
-                tick += 1
-                (tmp_path / "next").write_text(str(tick))
-                (tmp_path / "next").rename(clock)
-            threading.Event().wait(chance.uniform(0, 0.05))  # the moment is what is random here
-        finally:
-            for process in running:
-                process.kill()
-                process.communicate()
+                    stack.callback(process.communicate)
+                    stack.callback(process.kill)
+                for _ in range(4):
+                    for process in running:
+                        assert process.stdout
+                        assert process.stdout.readline() == "listed\n"
+                    tick += 1
+                    tell_the_time()
+                if number % 2:
+                    stack.enter_context(silence())
+                threading.Event().wait(chance.uniform(0, 0.05))  # the moment is what is random here
+                for process in running:
+                    process.kill()
     with closing(Ledger(url)) as ledger:
         book = ledger.book("w")
         for hour in range(1, 1000):  # every task has ended, and nothing is listed any more

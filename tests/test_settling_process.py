@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.clock import DAY, STEPS, WrongClock
 from tests.support.exporter import Exporter, Scrape
 from tests.support.load import Scraping
 from tests.support.postgres import Postgres, Proxy
@@ -19,7 +20,6 @@ from tests.support.witness import ById, WatchedStage, Witness
 pytestmark = [pytest.mark.process, pytest.mark.timeout(300)]
 
 SETTLE = 25
-DAY = 86400.0
 JUMPS = (0.4, 3.0, 1.5, 6.0, 2.0, 45.0, 4.0)
 """Seconds of the API's time between two listings."""
 
@@ -71,7 +71,11 @@ FAULTS: dict[str, Callable[[Witness, str], ById | None]] = {
     "closed": closed,
     "redirect": answering(302, Location="http://127.0.0.1:9/", share=2),
 }
-SOME_FAULTS = ("none", "500", "404", "429", "none", "another task", "403", "closed")
+COURSES = {
+    "sqlite": (*FAULTS, "hang", "none", "404", "500", "none"),
+    "postgresql": ("none", "500", "404", "429", "none", "another task", "403", "closed"),
+}
+"""What is wrong in which round; the clock of the API is stepped in the last four."""
 ENDING = {"401", "403", "429", "503", "hang"}
 """After such an answer nothing more is asked in that listing."""
 
@@ -79,11 +83,12 @@ ENDING = {"401", "403", "429", "503", "hang"}
 class Course:
     """Lead exporters through one round after the other, and compare with the witness after each."""
 
-    def __init__(self, stage: WatchedStage, exporters: Sequence[Exporter], proxy: Proxy | None) -> None:
-        self.stage, self.witness, self.exporters, self.proxy = stage, stage.api, exporters, proxy
+    def __init__(
+        self, stage: WatchedStage, exporters: Sequence[Exporter], clocks: Sequence[WrongClock], proxy: Proxy | None
+    ) -> None:
+        self.stage, self.witness, self.exporters, self.clocks, self.proxy = stage, stage.api, exporters, clocks, proxy
         self.chance = random.Random(len(exporters))
         self.watches = {exporter.port: Watch() for exporter in exporters}
-        self.stepped = False
 
     def scrape(self, exporter: Exporter) -> Scrape:
         """Scrape until a listing was recorded."""
@@ -111,6 +116,7 @@ class Course:
     def play(self, fault: str, moment: str, seconds: float) -> None:
         """Let time pass, list, and compare; `moment` says what happens to the exporters in this round."""
         victim = self.chance.choice(self.exporters)
+        self.chance.choice(self.clocks).step(self.chance.choice(STEPS))
         end = victim.kill if moment.startswith("kill") else victim.stop
         if moment in ("killed", "stopped"):
             end()
@@ -188,21 +194,17 @@ class Course:
         assert len(witness.asked) <= witness.listings * (1 if fault in ENDING else SETTLE), fault
         if calm:
             assert len(set(witness.asked)) == len(witness.asked), f"{fault}: a task was asked for twice at one time"
-        if not self.stepped:  # or the dates of the questions tell no time
-            too_often = {
-                task_id: sorted(dates)
-                for task_id, dates in witness.asked_at.items()
-                if len(dates) > witness.most_questions(task_id)
-            }
-            assert not too_often, too_often
-
-    def step_clock(self, seconds: float) -> None:
-        """Step the clock that the API tells by so much from the right time."""
-        self.witness.offset, self.stepped = seconds, True
+        too_often = {
+            task_id: sorted(times)
+            for task_id, times in witness.asked_at.items()
+            if len(times) > witness.most_questions(task_id)
+        }
+        assert not too_often, too_often
 
     def finish(self) -> None:
         """Let the API answer, and every task end; then nothing is missing, and nothing is asked for any more."""
-        self.witness.by_id, self.witness.offset = None, 0
+        self.witness.by_id = None
+        self.witness.step(0)
         self.stage.simulations["main"].end_arrivals()
         for hour in range(60):
             self.witness.begin()
@@ -221,27 +223,27 @@ class Course:
 
 
 MOMENTS = ("running", "killed", "running", "killed in flight", "running", "stopped", "running", "stopped in flight")
-STEPS = (0, 2 * DAY, 2 * DAY, 0, -3 * DAY, 0, -3 * DAY, 3 * DAY)
+STEPS_OF_THE_API = (2 * DAY, 0, -3 * DAY, 3 * DAY)
+"""Seconds; less than `ledger.retention`, since what is old is for the API's clock to say."""
 
 
-@pytest.mark.parametrize(
-    ("backend", "steps"),
-    [("sqlite", False), ("postgresql", False), ("sqlite", True)],
-    ids=["sqlite", "two-replicas-on-postgresql", "sqlite-and-clock-steps-of-days"],
-)
+@pytest.mark.parametrize("backend", COURSES)
 def test_tasks_that_leave_the_list_at_any_moment_count_what_they_came_to(
-    tmp_path: Path, postgres: Postgres, backend: str, steps: bool
+    tmp_path: Path, postgres: Postgres, backend: str
 ) -> None:
+    """On PostgreSQL there are two replicas; the clocks of the exporters are stepped by days all the time."""
     replicas = ["one"] if backend == "sqlite" else ["one", "two"]
     url = f"sqlite:///{tmp_path}/ledger.db" if backend == "sqlite" else postgres.create_database()
     with ExitStack() as stack:
         stage = stack.enter_context(WatchedStage(rate=8.0, window=30, history=60, deleted_share=0.08, slow_share=0.1))
         proxy = stack.enter_context(Proxy(postgres.port)) if backend == "postgresql" else None
         urls = [proxy.url(url) if proxy and name == "one" else url for name in replicas]
+        clocks = [WrongClock(tmp_path, name) for name in replicas]
         exporters = [
             stack.enter_context(
                 Exporter(
                     tmp_path / name,
+                    environment=clock.environment,
                     config=stage.config(
                         ledger={"url": url},
                         listing={"settle": SETTLE},
@@ -249,14 +251,14 @@ def test_tasks_that_leave_the_list_at_any_moment_count_what_they_came_to(
                     ),
                 )
             )
-            for name, url in zip(replicas, urls, strict=True)
+            for name, url, clock in zip(replicas, urls, clocks, strict=True)
         ]
-        course = Course(stage, exporters, proxy)
+        course = Course(stage, exporters, clocks, proxy)
         course.begin()
-        faults = SOME_FAULTS if steps or proxy else [*FAULTS, "hang"]
+        faults = COURSES[backend]
         for number, fault in enumerate(faults):
-            if steps:
-                course.step_clock(STEPS[number % len(STEPS)])
+            if number >= len(faults) - 4:
+                stage.api.step(STEPS_OF_THE_API[number % 4])
             course.play(fault, MOMENTS[number % len(MOMENTS)], JUMPS[number * 3 % len(JUMPS)])
         if proxy:
             course.play("none", "silent ledger", 4)

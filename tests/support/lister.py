@@ -1,7 +1,8 @@
 """A process that lists a made-up API into a ledger until it is killed: `python -m tests.support.lister URL CLOCK`.
 
 The API lists only the two newest ticks. A task ends five ticks after it was created, so nearly always unlisted, and
-the API says so by id. Everything follows from the number of a task and the tick in the file CLOCK.
+the API says so by id. Everything follows from the number of a task and the tick in the file CLOCK. After the tick the
+file has the seconds by which this machine's clock is wrong.
 """
 
 import sys
@@ -38,20 +39,21 @@ def window(tick: int) -> Iterator[Record]:
     return (task(number, tick) for number in range(max(tick - 1, 1) * PER_TICK, (tick + 1) * PER_TICK))
 
 
-def list_once(ledger: Ledger, tick: int, listed: Iterable[Record] | None = None) -> None:
+def list_once(ledger: Ledger, tick: int, listed: Iterable[Record] | None = None, wrong: float = 0) -> None:
     """Commit one listing, of the window unless something else is `listed`, with ten tasks asked for by id."""
     numbers = range(PER_TICK, (tick + 1) * PER_TICK)
     by_id = {f"task-{number}": task(number, tick) for number in numbers}
-    commit_asking(
-        ledger.book("w"), window(tick) if listed is None else listed, by_id, at=tick * MINUTE, date=tick * MINUTE
-    )
+    date = tick * MINUTE
+    at = date + int(wrong * SECOND)
+    commit_asking(ledger.book("w"), window(tick) if listed is None else listed, by_id, at=at, date=date)
 
 
 if __name__ == "__main__":
     ledger, clock = Ledger(sys.argv[1]), Path(sys.argv[2])
     while True:
         try:
-            list_once(ledger, int(clock.read_text()))
+            now, wrong = clock.read_text().split()
+            list_once(ledger, int(now), wrong=float(wrong))
             print("listed", flush=True)
         except LedgerError as error:  # another replica may hold the lock
             print(error, file=sys.stderr, flush=True)

@@ -4,6 +4,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from email.message import Message
+from email.utils import formatdate
 
 from creatify_exporter import demo
 from creatify_exporter.demo import Life, Spike
@@ -81,11 +82,13 @@ class Simulation(demo.Simulation):
 class SimulatedApi(demo.SimulatedApi):
     """Serve workspaces; `fault`, when set, may answer a path with a status and headers instead.
 
-    `requests` has the newest (path, status).
+    `requests` has the newest (path, status). With an `offset` the header `Date` is the time of `clock` and so many
+    seconds, otherwise this machine's.
     """
 
     workspaces: Mapping[tuple[str, str], Simulation]
     fault: Callable[[str], tuple[int, dict[str, str]] | None] | None = None
+    offset: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -94,8 +97,12 @@ class SimulatedApi(demo.SimulatedApi):
     def answer(self, path: str, headers: Message) -> tuple[int, dict[str, str], Iterator[bytes]]:
         """Return status, headers and body of the answer to a request."""
         if fault := self.fault and self.fault(path):
-            answer = (*fault, iter([b'{"detail":"Refused by the simulated API"}']))
+            status, more, body = *fault, iter([b'{"detail":"Refused by the simulated API"}'])
         else:
-            answer = super().answer(path, headers)
-        self.requests.append((path, answer[0]))
-        return answer
+            status, more, body = super().answer(path, headers)
+        self.requests.append((path, status))
+        return status, self.date() | more, body
+
+    def date(self) -> dict[str, str]:
+        """Return the header that says the API's time."""
+        return {} if self.offset is None else {"Date": formatdate(self.clock() + self.offset, usegmt=True)}

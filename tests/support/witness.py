@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from email.message import Message
-from email.utils import formatdate
 
 from creatify_exporter.demo import LIST_PATH, Life
 from creatify_exporter.reasons import Classifier
@@ -27,11 +26,11 @@ class Witness(SimulatedApi):
 
     by_id: Callable[[str], ById | None] | None = None
     before_an_answer: Callable[[], None] | None = None
-    offset: float = 0.0
-    """What is added to the time for the header `Date`, seconds."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.offset = 0.0
+        self.steps = 0
         (self._simulation,) = self.workspaces.values()
         assert isinstance(self._simulation, Simulation)
         self._guard, self._classify = threading.Lock(), Classifier()
@@ -50,13 +49,13 @@ class Witness(SimulatedApi):
         """In which state tasks were when they were last listed, by those that were asked for."""
         self.offences: list[str] = []
 
-    def date(self) -> float:
-        """Return the time that the header `Date` says."""
-        return self.clock() + self.offset
+    def step(self, offset: float) -> None:
+        """Step the clock that the API tells, so that it is wrong by so many seconds."""
+        self.steps += offset != self.offset
+        self.offset = offset
 
     def answer(self, path: str, headers: Message) -> tuple[int, dict[str, str], Iterator[bytes]]:
         task_id = path.removeprefix(LIST_PATH).removesuffix("/")
-        date = {"Date": formatdate(self.date(), usegmt=True)}
         if task_id:
             with self._guard:
                 self._note_question(task_id)
@@ -66,7 +65,7 @@ class Witness(SimulatedApi):
                 status, more, body = fault
                 if status == 404:
                     self._gone_lately.add(task_id)
-                return status, date | dict(more), iter([body])
+                return status, self.date() | dict(more), iter([body])
         status, more, chunks = super().answer(path, headers)
         with self._guard:
             reached, listed = self._simulation.listed(self.clock())
@@ -79,7 +78,7 @@ class Witness(SimulatedApi):
                 self._seen_lately[task_id] = reached
             else:
                 self._gone_lately.add(task_id)
-        return status, date | more, chunks
+        return status, more, chunks
 
     def _note_question(self, task_id: str) -> None:
         self.asked.append(task_id)
@@ -97,7 +96,7 @@ class Witness(SimulatedApi):
             life = self.lives[task_id]
             charged = ", charged" if life.charged <= seen else ""
             self.left_as[life.status(seen) + charged] += 1
-        self.asked_at.setdefault(task_id, set()).add(int(self.date()))
+        self.asked_at.setdefault(task_id, set()).add(int(self.clock()))
 
     def believe(self) -> None:
         """Take what was shown for recorded: every exporter has listed since, and has committed it."""
@@ -118,10 +117,13 @@ class Witness(SimulatedApi):
             self.listings, self.asked = 0, []
 
     def most_questions(self, task_id: str) -> float:
-        """Return how often a task may have been asked for: after 30 s, twice that, and so on up to an hour."""
-        dates = self.asked_at[task_id]
-        elapsed = max(dates) - min(dates) + 1
-        return 2 + math.log2(elapsed / 30 + 1) + elapsed / 3600
+        """Return how often a task may have been asked for: after 30 s, twice that, and so on up to an hour.
+
+        Once more where the API's clock was stepped: what time it is then is for the API to say.
+        """
+        times = self.asked_at[task_id]
+        elapsed = max(times) - min(times) + 1
+        return 2 + math.log2(elapsed / 30 + 1) + elapsed / 3600 + self.steps
 
     def expected(self) -> Counts:
         """Return the counters that are not 0, from what was shown and the lives of the tasks alone."""
