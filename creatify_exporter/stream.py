@@ -25,6 +25,8 @@ _MAX_BOUNDARY = 256
 _MAX_GUESSES = 64
 _MAX_LINK = 8 * 1024
 _MAX_DEPTH = 200
+_MAX_TEXT = _WINDOW  # of one string; not less, or what a record says would depend on whether it came in a batch
+_CUT = "\N{HORIZONTAL ELLIPSIS}".encode()  # so that what is cut is no number
 
 _BATCH = msgspec.json.Decoder(list[Record | None])
 _RECORD = msgspec.json.Decoder(Record)
@@ -34,6 +36,7 @@ _NO_SCALAR = re.compile(rb"[^-+.0-9A-Za-z]")
 _MARK = re.compile(rb'["\[\]{}]')
 # Bounded, because the matcher remembers every round and keeps other threads waiting.
 _TEXT = re.compile(rb'[^"\\]{0,9999}(?:\\.[^"\\]{0,999}){0,1000}', re.DOTALL)
+_PIECE = re.compile(rb"[^\\]{0,9999}(?:\\.?[^\\]{0,999}){0,1000}", re.DOTALL)
 _ESCAPE = re.compile(rb'\\(?:["\\/bfnrt]|u[0-9A-Fa-f]{4})?')
 # A brace, a comma, a brace and the first key; then, if the first value is short, the second key.
 _BOUNDARY = re.compile(
@@ -94,7 +97,7 @@ class Page:
                 self.next, end = self._parse(_link, start)
             else:
                 end = self._parse(_value_end, start)
-                _load(buffer[start:end])
+                _load(_cut(buffer, start, end))
             more, end = self._parse(_goes_on, end, b"}")
             del buffer[:end]
         if not found:
@@ -204,9 +207,10 @@ def _element(buffer: bytearray, position: int) -> tuple[Record | None, int]:
     """Return the element of the list at `position`, None if it is no object, and where it ends."""
     first, start = _first(buffer, position)
     end = _value_end(buffer, start)
-    record = _strict(_RECORD, buffer, start, end) if first == b"{" else None
+    token = _cut(buffer, start, end)
+    record = _strict(_RECORD, token, 0, len(token)) if first == b"{" else None
     if record is None:
-        value = _load(buffer[start:end])
+        value = _load(token)
         if isinstance(value, dict):
             record = Record(**{name: value[name] for name in Record.__struct_fields__ if name in value})
     return record, end
@@ -268,12 +272,16 @@ def _goes_on(buffer: bytearray, position: int, closing: bytes) -> tuple[bool, in
 
 def _brackets(buffer: bytearray, position: int) -> Iterator[int]:
     """Yield where the brackets outside strings are."""
-    while found := _MARK.search(buffer, position):
+    return (place for place, _ in _marks(buffer, position, len(buffer)) if buffer[place] != ord('"'))
+
+
+def _marks(buffer: bytearray, position: int, end: int) -> Iterator[tuple[int, int]]:
+    """Yield where the strings, and the brackets outside them, begin and end."""
+    while found := _MARK.search(buffer, position, end):
         position = found.end()
         if buffer[position - 1] == ord('"'):
             position = _string_end(buffer, position)
-        else:
-            yield position - 1
+        yield found.start(), position
 
 
 def _string_end(buffer: bytearray, start: int) -> int:
@@ -289,6 +297,20 @@ def _string_end(buffer: bytearray, start: int) -> int:
 
 
 # These read values that are complete.
+
+
+def _cut(buffer: bytearray, start: int, end: int) -> bytearray:
+    """Return a slice without most of each string that is longer than `_MAX_TEXT`.
+
+    A decoder would keep all other threads waiting over it, and nobody reads that much. No batch has such a string.
+    """
+    value = bytearray()
+    for place, after in _marks(buffer, start, end) if end - start > _MAX_TEXT else ():
+        if after - place > _MAX_TEXT:
+            pieces = (found.end() for found in _TEXT.finditer(buffer, place + 1))
+            value += buffer[start : next(stop for stop in pieces if stop - place > _MAX_TEXT // 2)] + _CUT
+            start = after - 1
+    return value + buffer[start:end]
 
 
 def _strict(decoder: msgspec.json.Decoder[_T], buffer: bytearray, start: int, end: int) -> _T | None:
@@ -315,9 +337,11 @@ def _load(token: bytearray) -> Any:
     with suppress(ValueError, RecursionError):
         return _tolerant(_text(token))
     # A backslash that begins no escape stands for itself.
-    mended = _ESCAPE.sub(lambda found: found[0] if len(found[0]) > 1 else rb"\\", token)
+    mended = bytearray()
+    for piece in _PIECE.finditer(token):  # at once, each replacement would take memory until the last one
+        mended += _ESCAPE.sub(lambda found: found[0] if len(found[0]) > 1 else rb"\\", piece[0])
     with suppress(ValueError):
-        return _tolerant(_text(_flat(bytearray(mended))))
+        return _tolerant(_text(_flat(mended)))
     raise MalformedBodyError("the body is not valid JSON")
 
 

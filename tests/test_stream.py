@@ -1,8 +1,11 @@
+import gc
 import itertools
 import json
 import math
 import os
 import random
+import threading
+import time
 import tracemalloc
 from collections.abc import Iterator
 from typing import Any
@@ -15,7 +18,7 @@ from hypothesis import strategies as st
 
 from creatify_exporter import stream
 from creatify_exporter.stream import MalformedBodyError, Page
-from creatify_exporter.tasks import Record
+from creatify_exporter.tasks import Record, nanocredits
 from tests.support import openapi
 
 FIELDS = Record.__struct_fields__
@@ -423,10 +426,66 @@ def test_space_around_the_list_takes_no_memory() -> None:
     assert peak < 1_000_000
 
 
-@pytest.mark.parametrize("piece", [b"\\n", b'a\\"', b"x" * 1000], ids=["escapes", "quotes", "text"])
-def test_a_huge_record_takes_a_small_multiple_of_itself(piece: bytes) -> None:
-    head, size = b'[{"id":"a","messages":"', 12_000_000
-    per_chunk = 60_000 // len(piece)
-    got, peak = peak_of(Page(repeated(head, piece, b'"}]', size // len(piece), per_chunk)))
-    assert got == 1
-    assert peak < 4 * size
+PIECES = {
+    "text": b"x" * 1000,
+    "escapes": b"\\n",
+    "quotes": b"a" * 20 + b'\\"',
+    "lone surrogates": b"\\ud800",
+    "bad escapes": b"\\q",
+    "broken UTF-8": b"\xff",
+}
+
+
+def huge(piece: bytes, size: int) -> Iterator[bytes]:
+    """Return the chunks of a list: a record with one string of so many bytes, and a small one."""
+    return repeated(b'[{"id":"a","messages":"', piece, b'"},{"id":"b"}]', size // len(piece), 60_000 // len(piece))
+
+
+@pytest.mark.parametrize("piece", PIECES.values(), ids=PIECES)
+def test_a_huge_record_takes_little_more_than_itself(piece: bytes) -> None:
+    size = 12_000_000
+    got, peak = peak_of(Page(huge(piece, size)))
+    assert got == 2
+    assert peak < 2 * size
+
+
+@pytest.mark.parametrize("piece", PIECES.values(), ids=PIECES)
+def test_a_huge_string_keeps_no_other_thread_waiting(piece: bytes) -> None:
+    """The time is what this process worked between two turns of the other thread: other processes do not count."""
+    ended, longest = threading.Event(), [0.0]
+
+    def take_turns() -> None:
+        before = time.process_time()
+        while not ended.wait(0.001):
+            longest[0], before = max(longest[0], time.process_time() - before), time.process_time()
+
+    thread = threading.Thread(target=take_turns)
+    gc.disable()  # it keeps others waiting, too, and the longer the more other tests have left
+    thread.start()
+    try:
+        assert [record.id for batch in Page(huge(piece, 60_000_000)) for record in batch if record] == ["a", "b"]
+    finally:
+        ended.set()
+        thread.join()
+        gc.enable()
+    assert longest[0] < 0.06
+
+
+@pytest.mark.parametrize("size", [WHOLE, 65536, 1000])
+def test_of_a_huge_string_the_beginning_is_read_and_it_is_no_number(size: int) -> None:
+    long = 300_000
+    texts = {
+        "failed_reason": "model overloaded" + "x" * long,
+        "credits_used": "0.5" + "0" * long,
+        "model_name": "\\u00e9" * (long // 2),
+        "messages": "\\\\" * long + "]}",
+    }
+    members = ",".join(f'"{name}":"{text}"' for name, text in texts.items())
+    body = f'[{{"id":"a",{members},"status":"failed"}},{{"id":"b"}}]'.encode()
+    first, second = (record for batch in Page(chunks(body, size)) for record in batch if record)
+    assert first.failed_reason.startswith("model overloadedxxx")
+    assert len(first.failed_reason) > 8192
+    assert first.credits_used.startswith("0.500")
+    assert nanocredits(first.credits_used) is None
+    assert set(first.model_name[:-1]) == {"é"}
+    assert (first.id, first.status, second.id) == ("a", "failed", "b")
