@@ -97,8 +97,11 @@ def steps(series: Mapping[Key, Total], answered: Mapping[Key, int], policy: Poli
 
 
 def next_question(unlisted_since: int, at: int) -> int:
-    """Return when to ask again at the earliest for a task that was asked for at `at`."""
-    return at + min(max(at - unlisted_since, 0) + FIRST_INTERVAL, LONGEST_INTERVAL)
+    """Return when to ask again at the earliest for a task that was asked for at `at`.
+
+    A task that left the list in the future left it by a clock that was wrong: it waits as long as one of the past.
+    """
+    return at + min(abs(at - unlisted_since) + FIRST_INTERVAL, LONGEST_INTERVAL)
 
 
 class Recording:

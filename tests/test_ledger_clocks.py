@@ -10,7 +10,7 @@ from creatify_exporter.ledger import Book, Ledger
 from creatify_exporter.tasks import HOUR, Record
 from tests.support.records import POLICY, SECOND, START, commit, commit_asking, counted, record, shown
 
-DAY = 24 * HOUR
+MINUTE, DAY = 60 * SECOND, 24 * HOUR
 WRONG = [pytest.param(days * DAY, id=f"{days:+} days") for days in (-400, -3, 3, 100)]
 HELD = replace(POLICY, zero_hold=180)
 
@@ -117,6 +117,15 @@ def test_a_missing_task_is_asked_for_again_soon_after_the_clock_is_right(book: B
     asked = [commit_asking(book, [], end, at=at, date=at)[1] for at in (HOUR + 3 * SECOND, 2 * HOUR + 4 * SECOND)]
     assert ["a"] in asked
     assert counted(book)["m", "finished", "done"] == 1
+
+
+@pytest.mark.parametrize("offset", WRONG)
+def test_a_task_that_left_by_a_wrong_clock_is_asked_for_no_more_often_than_any_other(book: Book, offset: int) -> None:
+    wrong(book, [record("a", "running", created=0)], 0, 0)
+    commit_asking(book, [], {}, at=SECOND + offset)  # no date: the ledger notes the wrong time
+    times, policy = range(10 * MINUTE, 610 * MINUTE, 10 * MINUTE), replace(POLICY, retention=1000 * 86400)
+    asked = [commit_asking(book, [], {}, at=at, date=at, policy=policy)[1] for at in times]
+    assert 9 <= asked.count(["a"]) <= 14  # once an hour, and before that at doubling intervals
 
 
 @pytest.mark.parametrize("offset", WRONG)

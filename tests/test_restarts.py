@@ -70,7 +70,7 @@ def kill_again_and_again(stage: Stage, exporter: Exporter, clock: WrongClock, si
                 threading.Event().wait(chance.uniform(0, 0.4))  # the moment is what is random here
                 exporter.kill()
             clock.step(chance.choice(STEPS))
-            exporter.start()
+            exporter.start(within=90)
     assert scraping.answers > times
     assert scraping.lost > 0
     stage.time.run(0)
