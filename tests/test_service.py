@@ -712,6 +712,28 @@ async def test_whatever_is_answered_for_a_task_fails_no_listing_and_is_not_asked
 
 
 @asynchronous
+async def test_a_task_that_is_not_answered_for_delays_no_answer_beyond_its_deadline(scene: Scene) -> None:
+    scene.api.answers["w"] = tasks()
+    scene.start(api=NO_BALANCE)
+    await scene.scrape()
+    scene.api.answers["w"] = tasks(running(1))
+    await scene.scrape()
+    scene.api.answers["w"] = tasks()
+    ended = task(1, created_at=NOW)
+    gate = Gate(lambda exchange: exchange.reply(ended))
+    asked = by_id(scene, **{str(ended["id"]): gate})
+    for _ in range(2):  # the second scrape joins the same listing
+        started = time.monotonic()
+        scrape = await scene.scrape(timeout=0.1)
+        assert time.monotonic() - started < 5
+        assert scrape.value(UP) == 1
+    gate.open()
+    finished = "creatify_text_generator_tasks_finished_total"
+    assert (await scene.scrape()).value(finished, status="done") == 1
+    assert set(asked.values()) == {1}
+
+
+@asynchronous
 async def test_at_most_so_many_tasks_are_asked_for_after_a_listing_as_configured(scene: Scene) -> None:
     scene.api.answers["w"] = tasks(*(running(number) for number in range(5)))
     exporter = scene.start(api=NO_BALANCE, listing={"settle": 0})
