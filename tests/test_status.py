@@ -69,6 +69,18 @@ def text(state: str) -> str:
         ("stale", "bad", ["No recent listing", "nobody has asked for metrics lately", "Listed 1 h 6 min ago"]),
         ("no-failures", "good", ["The workspace works", "Nothing has failed.", "Oldest unfinished none"]),
         ("no-models", "good", ["No task is listed.", "nothing has finished yet", "Credits left 0"]),
+        (
+            "clock-off",
+            "warning",
+            [
+                "clock is 2 h behind that of the API",
+                "Unsettled tasks 7",
+                "Clock 2 h behind",
+                "Malformed records 3",
+                "Clock right",
+                "Unsettled tasks 0",
+            ],
+        ),
         ("many", "good", ["All 20 workspaces work", "20 models of workspace-19", "20 of 20"]),
     ],
 )
@@ -81,7 +93,7 @@ def test_each_state_is_told_in_words(state: str, level: str, said: list[str]) ->
 def test_what_needs_somebody_comes_first() -> None:
     views = [well("a"), first("b"), down("c"), well("d", up=False), well("e")]
     shown = page_of(views, EXPORTER, metrics="metrics", now=NOW, paused=False)
-    assert [(card.name, card.state) for card in shown.cards] == [
+    assert [(card.view.name, card.state) for card in shown.cards] == [
         *(("c", "down"), ("d", "stale"), ("b", "waiting"), ("a", "up"), ("e", "up")),
     ]
 
@@ -97,14 +109,25 @@ def test_figures_are_those_of_the_newest_listings_and_of_the_ledger() -> None:
     assert dict(shown.tasks.counts) == {"done": 19, "failed": 6, "pending": 6, "running": 15}
     assert shown.tasks.failed_share == 24.0
     assert NOW - (shown.tasks.oldest or 0) == 210
-    assert shown.oldest_where == "one, b"
-    assert (shown.credits_used, shown.credits_left, shown.balances) == (10_385.0, 30_096.0, 2)
-    rows = [(one.name, one.listed, one.counted, one.most, round(one.width)) for one in shown.reasons]
-    assert rows[:2] == [("overloaded", 4, 88, "one", 100), ("other", 2, 0, "one", 50)]
+    assert shown.oldest == ("one", "b")
+    assert (shown.credits_used, shown.credits_left) == (10_385.0, 30_096.0)
+    rows = [(one.name, one.listed, one.counted, one.most) for one in shown.reasons]
+    assert rows[:2] == [("overloaded", 4, 88, "one"), ("other", 2, 0, "one")]
     assert {name: counted for name, _, counted, *_ in rows if counted} == COUNTED
-    assert [sum(part.width for part in card.tasks.bar()) for card in shown.cards if card.tasks] == pytest.approx(
-        [100, 100], abs=0.01
-    )
+
+
+@pytest.mark.parametrize("state", ["well", "many", "markup"])
+def test_a_bar_is_as_long_as_its_parts_and_the_longest_reason_fills_its_cell(state: str) -> None:
+    bars = [
+        re.findall(r"(?:x=\"([\d.]+)%\" )?width=\"([\d.]+)%\"", bar) for bar in re.findall("<svg.*?</svg>", page(state))
+    ]
+    of_tasks = [bar for bar in bars if bar[0][0]]
+    assert len(of_tasks) > 1
+    for bar in of_tasks:
+        ends = [0.0, *(float(x) + float(width) for x, width in bar)]
+        assert [float(x) for x, _ in bar] == pytest.approx(ends[:-1], abs=0.01)
+        assert ends[-1] == pytest.approx(100, abs=0.01)
+    assert max(float(width) for [(x, width)] in (bar for bar in bars if len(bar) == 1) if not x) == 100
 
 
 def test_each_reason_says_who_has_to_act() -> None:
@@ -136,7 +159,16 @@ def test_text_from_outside_stays_text() -> None:
     assert "<script" not in shown
     assert "<b>" not in shown
     assert shown.count("&lt;script&gt;") >= 6
-    assert "?workspace=%3Cscript%3Ealert%281%29%3C%2Fscript%3E" in shown
+    assert "?workspace=%3Cscript%3Ealert%281%29%3C/script%3E" in shown
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_nothing_has_to_be_opened_as_its_renewal_would_close_it_again(state: str) -> None:
+    shown = page(state)
+    assert "<details" not in shown
+    targets = re.findall(r'href="#([^"]+)"', shown)
+    assert len(targets) == sum(bool(view.listing and view.listing.cells) for view in STATES[state][0])
+    assert all(shown.count(f'id="{target}"') == 1 for target in targets)
 
 
 @pytest.mark.parametrize("state", STATES)

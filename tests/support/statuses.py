@@ -64,6 +64,7 @@ def well(name: str = "marketing", models: Sequence[str] = MODELS, **changes: obj
         finished_at=NOW - 12,
         duration=0.4,
         last_success=NOW - 12,
+        clock_offset=0.3,
         totals=totals(models, 10_384.25, COUNTED),
         balance=15_048.0,
         balance_up=True,
@@ -81,6 +82,13 @@ def down(name: str = "sales-emea", cause: str = "auth", **changes: object) -> Wo
 def first(name: str) -> WorkspaceView:
     """Return a workspace before its first listing."""
     return WorkspaceView(name=name, balance_up=False, owners=OWNERS)
+
+
+def unsettled(view: WorkspaceView, tasks: int) -> WorkspaceView:
+    """Return a workspace with tasks that left the list unfinished, and with records that could not be used."""
+    assert view.listing is not None
+    assert view.totals is not None
+    return replace(view, totals=replace(view.totals, unsettled=tasks), listing=replace(view.listing, malformed=3))
 
 
 _QUIET = listing(MODELS[:2], unfinished=False)
@@ -101,6 +109,7 @@ STATES: dict[str, tuple[Sequence[WorkspaceView], ExporterView]] = {
         ],
         EXPORTER,
     ),
+    "clock-off": ([unsettled(well(clock_offset=-7_210.0), 7), well("sales", MODELS[:1])], EXPORTER),
     "stale": ([well(up=False, finished_at=NOW - 4_000)], EXPORTER),
     "no-failures": ([well(listing=_QUIET, totals=totals(MODELS, 12.5, {}, days=0.01))], EXPORTER),
     "no-models": ([well(listing=Listing(), totals=totals([], 0, {}), balance=0.0)], EXPORTER),
