@@ -58,8 +58,10 @@ def _annotations() -> list[build.AnnotationQuery]:
     found = []
     for severity, color in (("critical", RED), ("warning", ORANGE)):
         firing = f'{FIRING.removesuffix("}")}, severity="{severity}"}}'
-        # No label that an alert may lack: it would leave a hole in the text.
-        annotation = _annotation(f"Alerts: {severity}", color, f"count by (alertname) ({firing})")
+        # No label that an alert may lack: it would leave a hole in the text. And only when it began: a ground that is
+        # red for as long as an alert fires changes the colours of all that is drawn on it.
+        began = f"count by (alertname) ({firing}) unless count by (alertname) ({firing} offset 1m)"
+        annotation = _annotation(f"Alerts: {severity}", color, began)
         found.append(annotation.title_format("{{alertname}}").text_format(severity).tag_keys("alertname"))
     starts = f"1000 * {newest('process_start_time_seconds', 'instance', EXPORTER)}"
     annotation = _annotation("Exporter started", BLUE, starts).use_value_for_time(True)

@@ -14,6 +14,7 @@ from creatify_dashboard.panels import Area, Bars, Graph, Link, Look, Panel, Stat
 
 SOURCE = options.DataSourceRef("prometheus", "${datasource}")
 AnyPanel = stat.Panel | timeseries.Panel | table.Panel
+_COUNTS = ("locale", "cpm")
 Properties = list[model.DynamicConfigValue]
 _CELLS: dict[str, dict[str, Any]] = {
     "background": {"type": "color-background", "mode": "basic"},
@@ -139,12 +140,15 @@ def _mapping(mapping: dict[str, Any]) -> model.ValueMap | model.RangeMap | model
 
 def _graph(described: Graph) -> timeseries.Panel:
     bars, right = isinstance(described, Bars), described.legend_right
+    calcs, sorted_by = (["sum", "max"], "Total") if bars else (["lastNotNull", "max"], "Max")
     legend = (
         common.VizLegendOptions()
         .show_legend(True)
         .display_mode(options.LegendDisplayMode.TABLE)
         .placement(options.LegendPlacement.RIGHT if right else options.LegendPlacement.BOTTOM)
-        .calcs(["sum", "max"] if bars else ["lastNotNull", "max"])
+        .calcs(calcs)
+        .sort_by(sorted_by)
+        .sort_desc(True)
     )
     built = (
         timeseries.Panel()
@@ -159,6 +163,9 @@ def _graph(described: Graph) -> timeseries.Panel:
     )
     if isinstance(described, Bars | Area):
         built.stacking(common.StackingConfig().mode(options.StackingMode.NORMAL).group("A"))
+    if described.unit in _COUNTS:
+        # Or the axis of what is 0 all the time ends at 100.
+        built.axis_soft_max(1)
     if described.points:
         built.max_data_points(described.points)
     if described.highest is not None:
@@ -210,6 +217,8 @@ def _table(described: Table) -> table.Panel:
         built.with_target(target)
     for column in described.columns:
         built.override_by_name(column.title, _column(column))
+    if described.points:
+        built.max_data_points(described.points)
     if described.order:
         built.sort_by([common.TableSortByFieldState().display_name(described.order).desc(described.descending)])
     return built

@@ -1,12 +1,14 @@
 """The exporter itself: its listings, its ledger, its process."""
 
-from creatify_dashboard.colors import BLUE, CAUSES, GREEN, ORANGE, RED, TEXT
-from creatify_dashboard.panels import Column, Graph, Look, Query, Row, Table
+from creatify_dashboard.colors import CAUSES, GREEN, ORANGE, RED, TEXT
+from creatify_dashboard.panels import Column, Graph, Look, Query, Row, Table, each_ranked
 from creatify_dashboard.queries import (
+    BUSIEST,
     BY_MODEL,
     BY_STATUS,
     ERRORS,
     EXPORTER,
+    LARGEST,
     TASKS,
     WORKSPACE,
     newest,
@@ -14,13 +16,18 @@ from creatify_dashboard.queries import (
     total,
 )
 
-# Grafana's palette gives red to the fifth of the workspaces.
-_SHADES = BLUE
+# Answers that are no trouble; all others are shades of orange.
+_REQUESTS = {"text_generator 200": "#5794f2", "remaining_credits 200": "#37b7a4", "text_generator_task 200": "#b877d9"}
 
 
 def _by_workspace(title: str, description: str, unit: str, metric: str, empty: str = "no listing") -> Graph:
-    query = Query(newest(metric, "workspace", WORKSPACE), "{{workspace}}")
-    return Graph(title, description, unit, empty, (query,), width=6, height=7, shades=_SHADES, legend_right=False)
+    queries = each_ranked(newest(metric, "workspace", WORKSPACE), BUSIEST, "workspace")
+    return Graph(title, description, unit, empty, queries, width=6, height=8, legend_right=False)
+
+
+def _by_replica(title: str, description: str, unit: str, expr: str) -> Graph:
+    queries = each_ranked(expr, LARGEST, "instance")
+    return Graph(title, description, unit, "unknown", queries, width=6, height=8, legend_right=False)
 
 
 ROW = Row(
@@ -163,7 +170,7 @@ ROW = Row(
             "no exporter",
             (Query(f"{total('cause', per_second(ERRORS, 'workspace, cause', WORKSPACE))} * 60", "{{cause}}"),),
             width=6,
-            height=7,
+            height=8,
             names=CAUSES,
             legend_right=False,
         ),
@@ -183,31 +190,22 @@ ROW = Row(
                 ),
             ),
             width=6,
-            height=7,
-            shades=_SHADES,
+            height=8,
+            names=_REQUESTS,
+            shades=ORANGE,
             legend_right=False,
         ),
-        Graph(
+        _by_replica(
             "Memory",
             "Resident memory of each replica.",
             "bytes",
-            "unknown",
-            (Query(newest("process_resident_memory_bytes", "instance", EXPORTER), "{{instance}}"),),
-            width=6,
-            height=7,
-            shades=_SHADES,
-            legend_right=False,
+            newest("process_resident_memory_bytes", "instance", EXPORTER),
         ),
-        Graph(
+        _by_replica(
             "CPU",
             "Cores that each replica keeps busy.",
             "percentunit",
-            "unknown",
-            (Query(per_second("process_cpu_seconds_total", "instance", EXPORTER), "{{instance}}"),),
-            width=6,
-            height=7,
-            shades=_SHADES,
-            legend_right=False,
+            per_second("process_cpu_seconds_total", "instance", EXPORTER),
         ),
     ),
     collapsed=True,

@@ -68,6 +68,7 @@ ROW = Row(
             "nothing counted yet",
             width=14,
             height=9,
+            points=100,
             columns=(
                 Column("Reason", label="reason", links=_REASON_LINKS),
                 Column(

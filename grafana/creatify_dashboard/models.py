@@ -19,7 +19,7 @@ from creatify_dashboard.queries import (
 _SUBMITTED = f"round({total('model', grown(SUBMITTED, BY_MODEL, '$__range'))})"
 _CREDITS = total("model", grown(CREDITS, BY_MODEL, "$__range"))
 _FINISHED = total("model", grown(FINISHED, BY_STATUS, "$__range"))
-_DURATIONS = total("model, le", grown(DURATION, f"{BY_STATUS}, le", "$__range"))
+_DURATIONS = total("model, le", f"max by ({BY_STATUS}, le) (increase({DURATION}{{{MODEL}}}[$__range]))")
 
 
 def _finished(selector: str) -> str:
@@ -36,7 +36,8 @@ ROW = Row(
             "locale",
             "nothing counted yet",
             width=24,
-            height=12,
+            height=16,
+            points=100,
             columns=(
                 Column(
                     "Model",

@@ -78,7 +78,7 @@ STATS = (
         "Workspaces whose newest listing failed or is too old, and how many there are.",
         "locale",
         "no exporter",
-        (Query(_of(f"count({UP})", f"sum(1 - {UP}) < count({UP}) or -count({UP})"), "of {{n}} workspaces"),),
+        (Query(_of(f"count({UP})", f"sum(1 - {UP}) < count({UP}) or -count({UP})"), "of {{n}}"),),
         width=4,
         height=3,
         look=Look(values=((0, "none", GREEN),), ranges=((None, -1, "all", RED),), thresholds=((1, RED),)),
@@ -125,7 +125,7 @@ STATS = (
         (Query(f"max({AGE_OF_OLDEST}) or 0 * max({UP} == 1)"),),
         width=4,
         height=3,
-        look=Look(decimals=0, values=((0, "none", GREEN),), thresholds=OLD),
+        look=Look(decimals=1, values=((0, "none", GREEN),), thresholds=OLD),
     ),
     Stat(
         "Credits last",
@@ -210,7 +210,7 @@ WORKSPACES = Table(
         Column(
             "Oldest",
             expr=f"max by (workspace) ({AGE_OF_OLDEST}) or 0 * ({UP} == 1)",
-            look=Look("s", 0, OLD, values=((0, "none", GREEN),)),
+            look=Look("s", 1, OLD, values=((0, "none", GREEN),)),
             width=110,
             always=KNOWN,
         ),
@@ -228,7 +228,8 @@ WORKSPACES = Table(
         ),
         Column(
             "Failed",
-            expr=failure_ratio("workspace", "1h"),
+            # The past hour of a workspace that is down says nothing about now.
+            expr=f"{failure_ratio('workspace', '1h')} and on (workspace) ({UP} == 1)",
             look=Look("percentunit", 1, OFTEN),
             cell="gauge",
             empty="",
@@ -237,7 +238,7 @@ WORKSPACES = Table(
         Column(
             "Credits", expr=BALANCE, look=Look(decimals=0, thresholds=FEW), empty="unknown", width=110, always=KNOWN
         ),
-        Column("Credits/h", expr=f"round({USED_IN_AN_HOUR}, 0.1)", look=Look(decimals=0), width=110),
+        Column("Credits/h", expr=f"round({USED_IN_AN_HOUR}, 0.1)", width=110),
         Column(
             "Time to empty",
             expr=TIME_TO_EMPTY,

@@ -134,9 +134,13 @@ class Column:
 
 @dataclass(frozen=True)
 class Table(Panel):
-    """Instant values as rows: one column after the other, joined by the labels that they share."""
+    """Instant values as rows: one column after the other, joined by the labels that they share.
+
+    `points` gives totals over the time range the steps of a graph with so many points.
+    """
 
     columns: tuple[Column, ...] = ()
+    points: int | None = None
     order: str = ""
     descending: bool = False
 
@@ -166,9 +170,9 @@ def rest(value: str, order: str) -> Query:
     return Query(f"sum({_others(value, order, 'model')})", "all others", color=colors.REST)
 
 
-def each_other(value: str, order: str, by: str) -> Query:
-    """Return the query for each of those that ranked() leaves out."""
-    return Query(_others(value, order, by), f"{{{{{by}}}}}", color=colors.REST)
+def each_ranked(value: str, order: str, by: str) -> tuple[Query, ...]:
+    """Return queries as ranked() does, and one for each of the others."""
+    return *ranked(value, order, by), Query(_others(value, order, by), f"{{{{{by}}}}}", color=colors.REST)
 
 
 def _others(value: str, order: str, by: str) -> str:

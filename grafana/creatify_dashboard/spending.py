@@ -1,14 +1,14 @@
 """Credits: what text generation costs, and what is left."""
 
-from creatify_dashboard.panels import Bars, Graph, Row, each_other, ranked, rest
+from creatify_dashboard.panels import Bars, Graph, Row, each_ranked, ranked, rest
 from creatify_dashboard.queries import (
     BALANCE,
+    BUSIEST,
     BY_MODEL,
     BY_STATUS,
     CREDITS,
     FINISHED,
     MODEL,
-    WORKSPACE,
     per_bar,
     per_second,
     total,
@@ -18,8 +18,6 @@ _PER_BAR = total("model", per_bar(CREDITS, BY_MODEL))
 _MOST_USED = total("model", f"max by ({BY_MODEL}) (increase({CREDITS}{{{MODEL}}}[$__range] @ end()))")
 _USED_RATE = total("model", per_second(CREDITS, BY_MODEL))
 _FINISHED_RATE = total("model", per_second(FINISHED, BY_STATUS))
-# A balance that cannot be read at the end was read before.
-_RICHEST = f"max by (workspace) (last_over_time(creatify_remaining_credits{{{WORKSPACE}}}[$__range] @ end()))"
 
 ROW = Row(
     "Credits",
@@ -48,7 +46,7 @@ ROW = Row(
             "Credits left, for all products of Creatify. It rises when credits are bought.",
             "locale",
             "unknown",
-            (*ranked(BALANCE, _RICHEST, "workspace"), each_other(BALANCE, _RICHEST, "workspace")),
+            each_ranked(BALANCE, BUSIEST, "workspace"),
             width=24,
             height=7,
         ),

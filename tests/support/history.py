@@ -8,8 +8,10 @@ import argparse
 import math
 import random
 import subprocess
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from pathlib import Path
 
 from creatify_exporter.reasons import BUILT_IN
@@ -20,7 +22,9 @@ MINUTE, HOUR, DAY = 60, 3600, 86400
 SCRAPE = 60
 # Scrapes come at any second; the steps of a graph are whole minutes.
 OFFSET = 17.25
+# Of durations; those of failed tasks would only cost time.
 BUCKETS = (0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, math.inf)
+BOUNDS = [*(str(float(bound)) for bound in BUCKETS[:-1]), "+Inf"]
 CAUSES = ("auth", "rate_limited", "http", "timeout", "connection", "payload", "too_large", "ledger")
 OWNERS = {reason: owner for reason, (owner, _) in BUILT_IN.items()}
 REASONS = tuple(OWNERS)
@@ -94,9 +98,11 @@ class Scenario:
     """A situation: who uses the text generator how much, and what is wrong at the end.
 
     `down` are workspaces whose listings fail in the last minutes, with the cause; `ledger_down` and `gone` are minutes
-    before the end in which the ledger, or the exporter, does not answer. `per_minute` is what the first workspace
+    before the end in which the ledger, or the exporter, does not answer. `restart` is how many minutes before the end
+    the exporter ended, `outage` how many minutes later it was there again. `per_minute` is what the first workspace
     submits. `no_balance` are workspaces whose balance cannot be read, `held_back` those whose listing waits, with the
     seconds after the end until when, `unsettled` those with unfinished tasks that left the list, with their number.
+    `sparse` leaves out, but for the last two hours, the series that would only make a long history slow to write.
     """
 
     name: str
@@ -110,6 +116,7 @@ class Scenario:
     ledger_down: float = 0
     gone: float = 0
     restart: float = 0
+    outage: float = 1
     failures: bool = True
     rules: bool = True
     spikes: Sequence[Spike] = ()
@@ -119,7 +126,7 @@ class Scenario:
     held_back: Mapping[str, float] = field(default_factory=dict)
     unsettled: Mapping[str, int] = field(default_factory=dict)
     scrape: int = SCRAPE
-    durations: bool = True
+    sparse: bool = False
     reasons: Sequence[str] = REASONS
 
 
@@ -197,14 +204,15 @@ SCENARIOS = (
         alerts=(Alert("CreatifyBalanceUnknown", "warning", 5, {"workspace": "marketing"}),),
     ),
     Scenario("no exporter", TWO, gone=20, alerts=(Alert("CreatifyExporterAbsent", "critical", 10),)),
-    Scenario("no rules", TWO, rules=False),
+    Scenario("no rules", TWO, rules=False, restart=70, outage=25),
     Scenario("fresh start", {"default": 412.0}, hours=4 / 60, per_minute=0),
     Scenario("four tasks an hour", {"default": 412.0}, hours=8, per_minute=4 / 60),
     Scenario(
         "crowd",
         FIVE,
-        hours=1.75,
+        hours=1.25,
         models=MANY_MODELS,
+        reasons=tuple(USUAL),
         per_minute=20,
         ledger_down=5,
         stuck=("sales-enablement-apac", "gpt-5"),
@@ -218,7 +226,7 @@ SCENARIOS = (
         models=FEW_MODELS[:1],
         per_minute=1.5,
         scrape=288,
-        durations=False,
+        sparse=True,
         reasons=tuple(USUAL),
     ),
 )
@@ -249,20 +257,17 @@ class _Counters:
         self.submitted = 0
         self.finished = {"done": 0, "failed": 0}
         self.reasons = dict.fromkeys(reasons, 0)
-        self.buckets = {"done": [0] * len(BUCKETS), "failed": [0] * len(BUCKETS)}
-        self.seconds = {"done": 0.0, "failed": 0.0}
+        self.buckets = [0] * len(BUCKETS)
         self.credits = 0.0
         self.pending = self.running = 0
 
     def finish(self, status: str, seconds: float, chance: random.Random, reason: str) -> float:
         """Count one more task; return its credits."""
         self.finished[status] += 1
-        self.seconds[status] += seconds
-        first = next(n for n, bound in enumerate(BUCKETS) if seconds <= bound)
-        self.buckets[status][first] += 1
         if status == "failed":
             self.reasons[reason] += 1
             return 0.0
+        self.buckets[bisect_left(BUCKETS, seconds)] += 1
         cost = self.model.credits * chance.randrange(1, 5)
         self.credits += cost
         return cost
@@ -354,6 +359,18 @@ class _Simulation:
             for name, labels, value in self._workspace(workspace, moment):
                 yield name, {"workspace": workspace, **labels}, value
 
+    def figures(self) -> Iterator[tuple[str, dict[str, str], float]]:
+        """Yield what the ledger counted, and the least that goes with it."""
+        for workspace in self.scenario.workspaces:
+            yield "creatify_up", {"workspace": workspace}, 1
+            yield "creatify_remaining_credits", {"workspace": workspace}, round(self.balance[workspace], 2)
+            for reason in self.scenario.reasons:
+                labels = {"workspace": workspace, "reason": reason, "owner": OWNERS[reason]}
+                yield "creatify_text_generator_failure_reason_info", labels, 1
+            for counters in self.models[workspace]:
+                for name, labels, value in self._counted(counters):
+                    yield name, {"workspace": workspace, **labels}, value
+
     def _workspace(self, workspace: str, moment: float) -> Iterator[tuple[str, dict[str, str], float]]:
         down = self.is_down(workspace, moment)
         unread = (down and self.scenario.down[workspace] == "auth") or workspace in self.scenario.no_balance
@@ -394,7 +411,7 @@ class _Simulation:
         stuck = self.scenario.stuck == (workspace, model.name)
         if stuck:
             unfinished["running"] += 1
-        counts = unfinished | {status: min(count, 400) for status, count in counters.finished.items()}
+        counts = unfinished | {status: min(count, _LISTED[status]) for status, count in counters.finished.items()}
         for status, count in counts.items():
             yield "creatify_text_generator_tasks", {"model": model.name, "status": status}, count
         for status, count in unfinished.items():
@@ -410,19 +427,14 @@ class _Simulation:
         for reason, count in counters.reasons.items():
             yield "creatify_text_generator_failures_total", {**model, "reason": reason}, count
         for status, count in counters.finished.items():
-            labels = {**model, "status": status}
-            yield "creatify_text_generator_tasks_finished_total", labels, count
-            if not self.scenario.durations:
-                continue
-            total = 0
-            for bound, tasks in zip(BUCKETS, counters.buckets[status], strict=True):
-                total += tasks
-                le = "+Inf" if bound == math.inf else str(float(bound))
-                yield "creatify_text_generator_task_duration_seconds_bucket", {**labels, "le": le}, total
-            yield "creatify_text_generator_task_duration_seconds_count", labels, total
-            yield "creatify_text_generator_task_duration_seconds_sum", labels, round(counters.seconds[status], 2)
+            yield "creatify_text_generator_tasks_finished_total", {**model, "status": status}, count
+        for bound, count in zip(BOUNDS, accumulate(counters.buckets), strict=True):
+            labels = {**model, "status": "done", "le": bound}
+            yield "creatify_text_generator_task_duration_seconds_bucket", labels, count
 
 
+# The list holds the newest tasks.
+_LISTED = {"done": 400, "failed": 16}
 # The lines of each series, by its name and the values of its labels, which each name has in one order.
 Lines = dict[tuple[str, ...], list[str]]
 
@@ -450,20 +462,22 @@ def openmetrics(scenario: Scenario, end: float) -> str:
         if simulation.minutes_left(moment) < scenario.gone or _restarts(scenario, simulation, moment):
             continue
         labels = {"job": "creatify", "instance": replica}
-        started = end - scenario.restart * MINUTE + 40 if _restarted(scenario, simulation, moment) else simulation.start
+        restarted = end - (scenario.restart - scenario.outage) * MINUTE - 20
+        started = restarted if _restarted(scenario, simulation, moment) else simulation.start
         _write(lines, "process_start_time_seconds", labels, started, moment)
-        for name, more, value in simulation.samples(moment):
+        lasting = not scenario.sparse or simulation.minutes_left(moment) < 120
+        for name, more, value in simulation.samples(moment) if lasting else simulation.figures():
             _write(lines, name, {**labels, **more}, value, moment)
     return "".join(name + line for name, *samples in lines.values() for line in samples) + "# EOF\n"
 
 
 def _restarts(scenario: Scenario, simulation: _Simulation, moment: float) -> bool:
     """Tell whether a scrape fails because the exporter restarts."""
-    return bool(scenario.restart) and 0 <= scenario.restart - simulation.minutes_left(moment) < 1
+    return bool(scenario.restart) and 0 <= scenario.restart - simulation.minutes_left(moment) < scenario.outage
 
 
 def _restarted(scenario: Scenario, simulation: _Simulation, moment: float) -> bool:
-    return bool(scenario.restart) and simulation.minutes_left(moment) <= scenario.restart - 1
+    return bool(scenario.restart) and simulation.minutes_left(moment) <= scenario.restart - scenario.outage
 
 
 def _write_rules(lines: Lines, scenario: Scenario, end: float, moment: float) -> None:

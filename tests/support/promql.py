@@ -1,6 +1,7 @@
 """PromQL in tests: what an expression selects, and whether it takes replicas for one truth."""
 
 from collections.abc import Iterator
+from functools import cache
 
 import promql_parser
 from promql_parser import AggregateExpr, BinaryExpr, Call, Expr, MatrixSelector, ParenExpr, SubqueryExpr, VectorSelector
@@ -8,6 +9,7 @@ from promql_parser import AggregateExpr, BinaryExpr, Call, Expr, MatrixSelector,
 from creatify_exporter.metrics import METRICS
 
 
+@cache
 def nodes(expression: str | Expr) -> list[Expr]:
     """Return the nodes of an expression, depth first."""
     found: list[Expr] = []
