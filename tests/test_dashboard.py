@@ -41,6 +41,7 @@ from tests.support.grafana import (
     targets_of,
 )
 from tests.support.history import SCENARIOS, Scenario, by_name, end_of
+from tests.support.packages import require
 from tests.support.prometheus import Prometheus, Series
 from tests.support.promql import counters, innermost_aggregations, known_labels, matched_labels, nodes, selectors
 
@@ -943,6 +944,33 @@ def test_totals_in_tables_are_what_the_counters_grew_by(past: Past, name: str, t
             names = truth.keys() | shown.keys() - {"no failures"}
             told = {name: shown.get(name, 0) for name in names}
             assert told == pytest.approx({name: truth.get(name, 0) for name in names}, abs=1), (column, time_range)
+
+
+def test_a_scrape_that_fails_neither_loses_growth_nor_shows_it_twice(tmp_path: Path) -> None:
+    """Prometheus marks series as stale when a scrape fails, which no backfilled history has."""
+    (promtool,) = require("promtool")
+    labels = 'job="creatify", instance="a:9877", workspace="w"'
+    series = {
+        f'{SUBMITTED}{{{labels}, model="m"}}': "0 2 5 stale 9 12",
+        f"creatify_up{{{labels}}}": "1 1 1 stale 1 1",
+    }
+    (bar,) = (t.expr for t in targets_of(BY_TITLE["Submitted and finished tasks"]) if t.legend == "submitted")
+    total = targets_of(BY_TITLE["Models over the time range"])[0].expr
+    expected = {("2m", bar): ("{}", 3), ("3m", bar): None, ("4m", bar): ("{}", 4), ("5m", bar): ("{}", 3)}
+    expected["5m", total] = ('{model="m"}', 12)
+    checks = [
+        {
+            "expr": substitute(expr, scrape=60, interval=60, time_range=300),
+            "eval_time": at,
+            "exp_samples": [{"labels": shown[0], "value": shown[1]}] if shown else [],
+        }
+        for (at, expr), shown in expected.items()
+    ]
+    given = [{"series": name, "values": values} for name, values in series.items()]
+    tests = [{"interval": "1m", "input_series": given, "promql_expr_test": checks}]
+    file = tmp_path / "tests.yml"
+    file.write_text(yaml.safe_dump({"rule_files": [], "evaluation_interval": "1m", "tests": tests}))
+    output(promtool, "test", "rules", file)
 
 
 @pytest.mark.process

@@ -359,8 +359,8 @@ class _Simulation:
             for name, labels, value in self._workspace(workspace, moment):
                 yield name, {"workspace": workspace, **labels}, value
 
-    def figures(self) -> Iterator[tuple[str, dict[str, str], float]]:
-        """Yield what the ledger counted, and the least that goes with it."""
+    def figures(self, moment: float) -> Iterator[tuple[str, dict[str, str], float]]:
+        """Yield what is listed and what the ledger counted, and the least that goes with it."""
         for workspace in self.scenario.workspaces:
             yield "creatify_up", {"workspace": workspace}, 1
             yield "creatify_remaining_credits", {"workspace": workspace}, round(self.balance[workspace], 2)
@@ -368,7 +368,7 @@ class _Simulation:
                 labels = {"workspace": workspace, "reason": reason, "owner": OWNERS[reason]}
                 yield "creatify_text_generator_failure_reason_info", labels, 1
             for counters in self.models[workspace]:
-                for name, labels, value in self._counted(counters):
+                for name, labels, value in (*self._listed(workspace, counters, moment), *self._counted(counters)):
                     yield name, {"workspace": workspace, **labels}, value
 
     def _workspace(self, workspace: str, moment: float) -> Iterator[tuple[str, dict[str, str], float]]:
@@ -466,7 +466,7 @@ def openmetrics(scenario: Scenario, end: float) -> str:
         started = restarted if _restarted(scenario, simulation, moment) else simulation.start
         _write(lines, "process_start_time_seconds", labels, started, moment)
         lasting = not scenario.sparse or simulation.minutes_left(moment) < 120
-        for name, more, value in simulation.samples(moment) if lasting else simulation.figures():
+        for name, more, value in simulation.samples(moment) if lasting else simulation.figures(moment):
             _write(lines, name, {**labels, **more}, value, moment)
     return "".join(name + line for name, *samples in lines.values() for line in samples) + "# EOF\n"
 
