@@ -73,6 +73,7 @@ def text(state: str) -> str:
             "clock-off",
             "warning",
             [
+                "the ages below are wrong by as much",
                 "clock is 2 h behind that of the API",
                 "Unsettled tasks 7",
                 "Clock 2 h behind",

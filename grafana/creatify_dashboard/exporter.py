@@ -22,12 +22,12 @@ _REQUESTS = {"text_generator 200": "#5794f2", "remaining_credits 200": "#37b7a4"
 
 def _by_workspace(title: str, description: str, unit: str, metric: str, empty: str = "no listing") -> Graph:
     queries = each_ranked(newest(metric, "workspace", WORKSPACE), BUSIEST, "workspace")
-    return Graph(title, description, unit, empty, queries, width=6, height=8, legend_right=False)
+    return Graph(title, description, unit, empty, queries, width=6, height=9, legend_right=False)
 
 
 def _by_replica(title: str, description: str, unit: str, expr: str) -> Graph:
     queries = each_ranked(expr, LARGEST, "instance")
-    return Graph(title, description, unit, "unknown", queries, width=6, height=8, legend_right=False)
+    return Graph(title, description, unit, "unknown", queries, width=6, height=9, legend_right=False)
 
 
 ROW = Row(
@@ -170,7 +170,7 @@ ROW = Row(
             "no exporter",
             (Query(f"{total('cause', per_second(ERRORS, 'workspace, cause', WORKSPACE))} * 60", "{{cause}}"),),
             width=6,
-            height=8,
+            height=9,
             names=CAUSES,
             legend_right=False,
         ),
@@ -190,7 +190,7 @@ ROW = Row(
                 ),
             ),
             width=6,
-            height=8,
+            height=9,
             names=_REQUESTS,
             shades=ORANGE,
             legend_right=False,
