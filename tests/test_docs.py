@@ -450,6 +450,14 @@ def test_the_sample_in_the_readme_is_what_the_demo_shows(tmp_path: Path) -> None
         eventually(lambda: wanted <= series(demo.scrape().text), 60, "every series of the sample")
 
 
+def test_every_panel_that_the_runbook_names_is_in_the_dashboard() -> None:
+    text = (ROOT / "docs" / "runbook.md").read_text(encoding="utf-8")
+    named = {re.sub(r"\s+", " ", name) for name in re.findall(r"(?<!\*)\*(\w[^*]*)\*(?!\*)", text)}
+    dashboard = (ROOT / "grafana/dashboards/creatify-text-generator.json").read_text(encoding="utf-8")
+    assert len(named) >= 10
+    assert named - set(re.findall(r'"title": "([^"]+)"', dashboard)) == set()
+
+
 # Flags, endpoints, targets
 
 
