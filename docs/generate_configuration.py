@@ -75,7 +75,7 @@ def meaning(key: str, field: FieldInfo) -> str:
 
 
 def rows(section: type[Section], prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
-    """Yield path, type, default and meaning of every key below `section`."""
+    """Yield path, type, default and meaning of every key below `section` that has a value of its own."""
     for key, field in keys(section).items():
         path, below = f"{prefix}{key}", inner(field)
         value = ""
@@ -83,7 +83,8 @@ def rows(section: type[Section], prefix: str = "") -> Iterator[tuple[str, str, s
             value = "required, or its twin" if field.annotation is SecretStr else "required"
         elif not is_twin(key, field) and (not below or kind(field) == "list"):
             value = f"`{json.dumps(default(field))}`".replace('"', "")
-        yield f"`{path}`", "file" if is_twin(key, field) else kind(field), value, meaning(key, field)
+        if not below or kind(field) == "list":
+            yield f"`{path}`", "file" if is_twin(key, field) else kind(field), value, meaning(key, field)
         if below:
             yield from rows(below, f"{path}{'[]' if kind(field) == 'list' else ''}.")
 
