@@ -521,6 +521,21 @@ def test_the_layout_names_every_module() -> None:
     assert sorted(named) == sorted(path.name for path in ROOT.glob("creatify_exporter/[a-z]*.py"))
 
 
+def test_the_places_of_changes_are_where_the_table_says() -> None:
+    package = ROOT / "creatify_exporter"
+    everything = "".join(path.read_text(encoding="utf-8") for path in package.glob("*.py"))
+    rows = table("docs/development.md", "## Where to change what")
+    assert len(rows) >= 15
+    for _, look_at, also in rows:
+        for file, names in re.findall(r"`(\w+\.(?:py|rules))`(?:: ((?:`\w+`(?:, )?)+))?", look_at):
+            source = (package / file).read_text(encoding="utf-8")
+            for name in re.findall(r"`(\w+)`", names):
+                assert re.search(rf"(?m)^ *(?:(?:class|(?:async )?def) )?{name}\b", source), (file, name)
+        for name in re.findall(r"`([A-Z_]\w*)(?:\.(\w+))?`", also):
+            for part in filter(None, name):
+                assert re.search(rf"\b{part}\b", everything) or part.startswith("Creatify"), part
+
+
 def test_the_changelog_tells_this_version() -> None:
     assert f"\n## [{__version__}] - " in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
