@@ -75,16 +75,16 @@ def meaning(key: str, field: FieldInfo) -> str:
 
 
 def rows(section: type[Section], prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
-    """Yield path, type, default and meaning of every key below `section` that has a value of its own."""
+    """Yield path, type, default and meaning of every key below `section` that has a value of its own.
+
+    The twins of secrets are left out: the reference says once what they are.
+    """
     for key, field in keys(section).items():
         path, below = f"{prefix}{key}", inner(field)
-        value = ""
-        if field.is_required() and not is_twin(key, field):
-            value = "required, or its twin" if field.annotation is SecretStr else "required"
-        elif not is_twin(key, field) and (not below or kind(field) == "list"):
-            value = f"`{json.dumps(default(field))}`".replace('"', "")
-        if not below or kind(field) == "list":
-            yield f"`{path}`", "file" if is_twin(key, field) else kind(field), value, meaning(key, field)
+        if not is_twin(key, field) and (not below or kind(field) == "list"):
+            value = f"`{json.dumps(default(field))}`".replace('"', "") if not field.is_required() else "required"
+            twin = ", or its twin" if field.is_required() and field.annotation is SecretStr else ""
+            yield f"`{path}`", kind(field), f"{value}{twin}", meaning(key, field)
         if below:
             yield from rows(below, f"{path}{'[]' if kind(field) == 'list' else ''}.")
 
