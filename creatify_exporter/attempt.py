@@ -1,10 +1,11 @@
 """One attempt to list a workspace, in a thread of its own: body, tasks, draft, ledger."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import closing
 from dataclasses import dataclass
 
-from creatify_exporter.api import ApiError, Client
+from creatify_exporter.api import ApiError, Client, TaskStream
 from creatify_exporter.config import Config
 from creatify_exporter.database import LedgerError, LedgerMissingError
 from creatify_exporter.draft import Draft
@@ -26,87 +27,78 @@ class Clock:
         return int(self.now() * SECOND)
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """How a listing ended: `listing` is by label, and None when it failed with `error`.
+@dataclass
+class Attempt:
+    """List a workspace once and record it; `still` says whether the result is still wanted.
 
-    `refusal` is the answer that ended the asking by id before its time. `clock_offset` is this machine's clock minus
-    the API's; `ignored_credits` counts the tasks whose `credits_used` was no usable number. Times are seconds.
+    Afterwards `listing` is by label, and None when it failed with `error`. `refusal` is the answer that ended the
+    asking by id before its time. `clock_offset` is this machine's clock minus the API's; `ignored_credits` counts the
+    tasks whose `credits_used` was no usable number. Times are seconds.
     """
 
-    listing: Listing | None
-    error: ApiError | None
-    ledger_error: LedgerError | None
-    refusal: ApiError | None
-    finished: float
-    finished_at: float
-    duration: float
-    clock_offset: float | None
-    ignored_credits: int
+    client: Client
+    book: Book
+    config: Config
+    classify: Classifier
+    clock: Clock
+    still: Callable[[], bool]
+    listing: Listing | None = None
+    error: ApiError | None = None
+    ledger_error: LedgerError | None = None
+    refusal: ApiError | None = None
+    finished: float = 0
+    finished_at: float = 0
+    duration: float = 0
+    date: int | None = None  # of the API, microseconds
+    clock_offset: float | None = None
+    ignored_credits: int = 0
 
-
-class Attempt:
-    """List a workspace once and record it; `still` says whether the result is still wanted."""
-
-    def __init__(
-        self, client: Client, book: Book, config: Config, classify: Classifier, clock: Clock, still: Callable[[], bool]
-    ) -> None:
-        self._client = client
-        self._book = book
-        self._settle_at_most = config.listing.settle
-        self._policy = policy(config, classify)
-        self._clock = clock
-        self._still = still
-        self._classify = classify
-        self._listing = Listing()
-        self._date: int | None = None  # of the API, microseconds
-        self._clock_offset: float | None = None
-
-    def run(self, *, writes: bool = True, settles: bool = True) -> Outcome:
-        """List, ask for tasks that left the list if `settles`, record if `writes`, and say how it ended.
+    def run(self, *, writes: bool = True, settles: bool = True) -> None:
+        """List, ask for tasks that left the list if `settles`, and record if `writes`.
 
         An error of ours fails this workspace and nothing else.
         """
-        started = self._clock.monotonic()
-        draft = refusal = error = None
-        read = TaskReader(self._classify)
+        started = self.clock.monotonic()
+        draft, read, listing = None, TaskReader(self.classify), Listing()
         try:
-            draft = self._book.draft()
-            read = TaskReader(self._classify, draft.known.slots)
-            self._list(draft, read)
+            draft = self.book.draft()
+            read = TaskReader(self.classify, draft.known.slots)
+            with closing(self.client.tasks()) as stream:
+                self._list(stream, draft, read, listing)
+                self._end(started)
+                if writes and settles:
+                    self._settle(stream, draft, read)
         except ApiError as failure:
-            error = failure
+            self.error = failure
         except Exception as failure:  # noqa: BLE001 - whatever an answer sets off in our code fails its workspace only
-            error = ApiError("payload", f"the list could not be read ({type(failure).__name__})")
-        finished, finished_at = self._clock.monotonic(), self._clock.now()
-        if draft and not error and writes and settles:
-            refusal = self._settle(draft, read)
-        self._client.close()
-        ledger_error = None
-        if self._still():
-            ledger_error = self.record(None if error else draft) if writes else _attempted(self._book.read)
-        known = self._book.totals.models if self._book.totals else ()
-        labelled = None if error else self._listing.labelled(ModelLabels(known, self._policy.max_models))
-        return Outcome(
-            labelled,
-            error,
-            ledger_error,
-            refusal,
-            finished,
-            finished_at,
-            finished - started,
-            self._clock_offset,
-            read.ignored_credits,
-        )
+            self.error = ApiError("payload", f"the list could not be read ({type(failure).__name__})")
+        if self.error:
+            self._end(started)
+        self.ignored_credits = read.ignored_credits
+        if self.still() and writes:
+            self.record(None if self.error else draft, listing.models)
+        elif self.still():
+            self._on_ledger(self.book.read)
+        known = self.book.totals.models if self.book.totals else ()
+        self.listing = None if self.error else listing.labelled(ModelLabels(known, self.config.labels.max_models))
 
-    def record(self, draft: Draft | None = None) -> LedgerError | None:
-        """Commit a draft, or without one what is due; return what went wrong."""
-        models, now = self._listing.models, self._clock.microseconds()
-        return _attempted(lambda: self._book.commit(draft, models, self._policy, now, self._date, still=self._still))
+    def record(self, draft: Draft | None = None, models: Iterable[str] = ()) -> None:
+        """Commit a draft with its `models`, or without one what is due."""
+        how, now = policy(self.config, self.classify), self.clock.microseconds()
+        self._on_ledger(lambda: self.book.commit(draft, models, how, now, self.date, still=self.still))
 
-    def _list(self, draft: Draft, read: TaskReader) -> None:
+    def _on_ledger(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except LedgerMissingError:
+            pass  # only a reader meets this, and it shows the ledger if there is one
+        except LedgerError as error:
+            self.ledger_error = error
+        except Exception as error:  # noqa: BLE001 - or nobody would ever end the round
+            self.ledger_error = LedgerError(f"the listing could not be recorded ({type(error).__name__})")
+
+    def _list(self, stream: TaskStream, draft: Draft, read: TaskReader, listing: Listing) -> None:
         """Read the whole list into the listing and the draft."""
-        listing, stream = self._listing, self._client.tasks()
         for batch in stream:
             self._compare_clocks(stream.date)
             tasks = read(batch)
@@ -117,21 +109,26 @@ class Attempt:
 
     def _compare_clocks(self, date: float | None) -> None:
         """Take the API's time of the answer, the first time that it is known."""
-        if self._date is None and date is not None:
-            self._date = int(date * SECOND)
-            self._clock_offset = self._clock.now() - date
+        if self.date is None and date is not None:
+            self.date = int(date * SECOND)
+            self.clock_offset = self.clock.now() - date
 
-    def _settle(self, draft: Draft, read: TaskReader) -> ApiError | None:
-        """Ask for the unfinished tasks that left the list, each by its id; return the refusal that ended it."""
-        for task_id in draft.missing(self._settle_at_most, self._clock.microseconds(), self._date):
-            if not self._still():
-                return None
+    def _end(self, started: float) -> None:
+        self.finished, self.finished_at = self.clock.monotonic(), self.clock.now()
+        self.duration = self.finished - started
+
+    def _settle(self, stream: TaskStream, draft: Draft, read: TaskReader) -> None:
+        """Ask for the unfinished tasks that left the list, each by its id, until one is refused."""
+        for task_id in draft.missing(self.config.listing.settle, self.clock.microseconds(), self.date):
+            if not self.still():
+                return
             try:
-                record = self._client.task(task_id)
+                record = stream.task(task_id)
             except ApiError as error:
                 draft.postpone(task_id)
                 if error.cause in ("auth", "rate_limited", "timeout") or error.retry_after is not None:
-                    return error
+                    self.refusal = error
+                    return
                 continue
             if record is None:
                 draft.gone(task_id)
@@ -139,7 +136,6 @@ class Attempt:
                 draft.settle(tasks[0])
             else:
                 draft.postpone(task_id)
-        return None
 
 
 def policy(config: Config, classify: Classifier) -> Policy:
@@ -151,15 +147,3 @@ def policy(config: Config, classify: Classifier) -> Policy:
         retention=config.ledger.retention,
         zero_hold=config.exposition.zero_hold,
     )
-
-
-def _attempted(work: Callable[[], None]) -> LedgerError | None:
-    try:
-        work()
-    except LedgerMissingError:
-        return None  # only a reader meets this, and it shows the ledger if there is one
-    except LedgerError as error:
-        return error
-    except Exception as error:  # noqa: BLE001 - or nobody would ever end the round
-        return LedgerError(f"the listing could not be recorded ({type(error).__name__})")
-    return None

@@ -1,12 +1,14 @@
 """What `--once` and `--reasons` do: list every workspace once, and print."""
 
+from contextlib import closing
+
 import structlog
 
-from creatify_exporter.api import ApiError, Client
+from creatify_exporter.api import ApiError, TaskStream
 from creatify_exporter.config import Config
 from creatify_exporter.ledger import Ledger
 from creatify_exporter.reasons import Report
-from creatify_exporter.service import Service, access, classifier
+from creatify_exporter.service import Service, classifier, client_of
 from creatify_exporter.tasks import TaskReader
 
 _PATIENCE = 60.0  # seconds for the ledger, beyond those of a listing
@@ -26,20 +28,18 @@ def reasons(config: Config) -> tuple[str, bool]:
     classify = classifier(config)
     report, complete = Report(classify), True
     for one in config.workspaces:
-        client = Client(**access(config, one), on_request=lambda _endpoint, _code: None)
         try:
-            _add_failures(report, client, TaskReader(classify))
+            with closing(client_of(config, one, lambda _endpoint, _code: None).tasks()) as stream:
+                _add_failures(report, stream, TaskReader(classify))
         except ApiError as error:
             complete = False
             _log.error("listing failed", workspace=one.name, cause=error.cause, status=error.status, error=str(error))
-        finally:
-            client.close()
     return report.render(), complete
 
 
-def _add_failures(report: Report, client: Client, read: TaskReader) -> None:
+def _add_failures(report: Report, stream: TaskStream, read: TaskReader) -> None:
     seen = set()
-    for records in client.tasks():
+    for records in stream:
         for record in records:
             for task in read([record]):
                 if record and task.status == "failed" and task.id not in seen:

@@ -4,7 +4,7 @@ import asyncio
 import platform
 import threading
 from collections import defaultdict
-from typing import Any
+from collections.abc import Callable
 
 from creatify_exporter import __revision__, __version__
 from creatify_exporter import config as config_
@@ -29,7 +29,6 @@ class Service:
         self._clock = clock or Clock()
         self._writes = writes
         self._workspaces: dict[str, Workspace] = {}
-        self._access: dict[str, dict[str, Any]] = {}
         self._tallies: defaultdict[str, Tally] = defaultdict(Tally)
         self._rendering: dict[tuple[frozenset[str] | None, bool], tuple[_Contents, asyncio.Task[bytes]]] = {}
         self._asking: threading.Thread | None = None
@@ -42,16 +41,15 @@ class Service:
         classify = classifier(config)
         former, self._workspaces = self._workspaces, {}
         for one in config.workspaces:
-            accessed = access(config, one)
-            if one.name in former and self._access[one.name] == accessed:
+            tally = self._tallies[one.name]
+            client = client_of(config, one, tally.request)
+            if one.name in former and former[one.name].client == client:
                 workspace = former.pop(one.name)
             else:
-                tally, book = self._tallies[one.name], self._ledger.book(one.name)
-                client = Client(**accessed, on_request=tally.request)
+                book = self._ledger.book(one.name)
                 workspace = Workspace(one.name, client, book, tally, self._clock, writes=self._writes)
             workspace.configure(config, classify)
             self._workspaces[one.name] = workspace
-            self._access[one.name] = accessed
         for workspace in former.values():
             workspace.retire()
 
@@ -119,16 +117,17 @@ def classifier(config: Config) -> Classifier:
     return Classifier([(rule.reason, rule.match, rule.owner) for rule in config.failure_reasons.rules])
 
 
-def access(config: Config, workspace: config_.Workspace) -> dict[str, Any]:
-    """Return what a client of `workspace` needs: a listing under other values is not this workspace's."""
-    return {
-        "api_id": workspace.api_id.get_secret_value(),
-        "api_key": workspace.api_key.get_secret_value(),
-        "base_url": config.api.base_url,
-        "timeout": config.api.timeout,
-        "max_response_size": config.api.max_response_size,
-        "ca_file": str(config.api.ca_file) if config.api.ca_file else None,
-    }
+def client_of(config: Config, workspace: config_.Workspace, on_request: Callable[[str, str], None]) -> Client:
+    """Return what reads `workspace`; a listing by another client is not this workspace's."""
+    return Client(
+        workspace.api_id.get_secret_value(),
+        workspace.api_key.get_secret_value(),
+        config.api.base_url,
+        config.api.timeout,
+        config.api.max_response_size,
+        config.api.ca_file.read_text("ascii", "ignore") if config.api.ca_file else "",
+        on_request,
+    )
 
 
 async def _finished(rounds: list[Round], timeout: float) -> None:

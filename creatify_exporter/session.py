@@ -1,142 +1,77 @@
-"""Calls by requests that end in time, or when another thread breaks them off.
+"""Calls by `requests` that end in time, or soon after somebody gave them up.
 
-The timeouts of requests are per read, so a server that sends a byte now and then gets past them. Here a call has one
-deadline, and what waits at its end finds its socket shut. A look-up of a name cannot be broken off: it runs in a thread
-of its own, and what ends is the waiting for it.
+The timeouts of requests are per read, so a server that sends a byte now and then gets past them. Here each wait gets
+what is left of the time of the whole call. A look-up of a name cannot be broken off: it runs in a thread of its own,
+and what ends is the waiting for it.
 """
 
+import io
 import logging
 import socket
 import ssl
 import threading
 import time
 from collections.abc import Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, InvalidStateError, wait
+from concurrent.futures import Future, wait
 from contextlib import suppress
-from contextvars import ContextVar
-from functools import lru_cache
+from functools import lru_cache, partial
 from http.client import HTTPResponse
-from http.cookiejar import DefaultCookiePolicy
 from typing import Any, cast
 from urllib.parse import urlsplit
 
 import requests
 from requests.adapters import HTTPAdapter
-from requests.utils import DEFAULT_CA_BUNDLE_PATH, get_environ_proxies, select_proxy
+from requests.exceptions import InvalidProxyURL, InvalidURL
+from requests.utils import DEFAULT_CA_BUNDLE_PATH, get_environ_proxies
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.exceptions import ConnectTimeoutError
-from urllib3.util import parse_url
 
 from creatify_exporter.config import LOOPBACK
 
 _CONNECT_TIMEOUT = 10.0
-_AGAIN = 0.05
+_GLANCE = 0.25  # seconds until a wait notices that its call was given up
 
 # Its warnings quote what a server sent.
 logging.getLogger("urllib3").setLevel(logging.CRITICAL)
 
 
 class Call:
-    """The time and the session of one piece of work, for one thread, but for `break_off`.
+    """The time and the connections of one piece of work, in one thread; any other may set `given_up`.
 
-    `peer` names the host and port that it deals with at the moment. `over` is done once the call was broken off, and
-    says why: "timeout" or "abort".
+    Reads no ~/.netrc, keeps no cookies, and follows no redirect, as a session of requests would: credentials must not
+    travel. `peer` names the host and port that it deals with at the moment.
     """
 
-    def __init__(self, seconds: float, headers: Mapping[str, str], authorities: str) -> None:
+    def __init__(self, seconds: float, headers: Mapping[str, str], authorities: str, given_up: threading.Event) -> None:
         self.peer = self.target = "the API"
-        self.ends = time.monotonic() + seconds
-        self.over: Future[str] = Future()
-        self.connection: HTTPConnection | None = None
-        self.socket: Any = None
-        self._session = _Session(headers, authorities)
+        self.given_up = given_up
+        self._ends = time.monotonic() + seconds
+        self._headers = headers
+        self._adapter = _Adapter(self, authorities)
 
     def left(self) -> float:
-        """Return the seconds left, above 0; raise TimeoutError if the call is over, for whatever reason."""
-        left = self.ends - time.monotonic()
-        if left <= 0:
-            self.break_off("timeout")
-        if self.over.done():
+        """Return the seconds left, above 0; raise TimeoutError if there are none or the call was given up."""
+        left = self._ends - time.monotonic()
+        if left <= 0 or self.given_up.is_set():
             raise TimeoutError
         return left
 
     def get(self, url: str) -> requests.Response:
         """Send a GET request and return the answer, its body unread; raise what the libraries raise."""
-        left, token = self.left(), _current.set(self)
-        parts = urlsplit(url)
+        left, parts = self.left(), urlsplit(url)
         self.peer = self.target = f"{parts.hostname}:{parts.port or {'http': 80}.get(parts.scheme, 443)}"
+        request = requests.Request("GET", url, headers=self._headers).prepare()
+        local = parts.scheme == "http" and LOOPBACK.fullmatch(parts.hostname or "")
         try:
-            response = self._session.get(
-                url, stream=True, timeout=(min(left, _CONNECT_TIMEOUT), left), proxies=_proxies(url)
+            return self._adapter.send(
+                request, stream=True, timeout=left, proxies={} if local else get_environ_proxies(url)
             )
-        finally:
-            _current.reset(token)
-        try:
-            self.left()  # a socket that was shut looks like the end of the headers
-        except TimeoutError:
-            response.close()
-            raise
-        return response
-
-    def watch(self, connection: Any) -> None:
-        """Make `connection` the socket that is shut when the call is broken off."""
-        self.socket = connection
-        connection.settimeout(min(self.left(), _CONNECT_TIMEOUT))
-
-    def break_off(self, why: str) -> None:
-        """Make the waiting thread fail, and every later attempt; for any thread."""
-        with suppress(InvalidStateError):
-            self.over.set_result(why)
-        self.ends = 0.0
-        connection = self.socket or (self.connection and self.connection.sock)
-        if connection:
-            with suppress(OSError):
-                # Not SSLSocket's own method: that would change the TLS state under a read in the other thread.
-                # TLS within a proxy's TLS is no socket itself.
-                socket.socket.shutdown(getattr(connection, "socket", connection), socket.SHUT_RDWR)
+        except InvalidURL:
+            raise InvalidProxyURL from None
 
     def close(self) -> None:
         """Close the connection; the next request opens another one."""
-        self._session.close()
-
-
-_current: ContextVar[Call] = ContextVar("current_call")
-
-
-class Watch:
-    """Breaks off the calls whose time is over, from one thread for all, which lives as long as there are calls."""
-
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._calls: set[Call] = set()
-        self._runs = False
-
-    def add(self, call: Call) -> None:
-        """Break off `call` when its time is over."""
-        with self._changed:
-            self._calls.add(call)
-            self._changed.notify()
-            if not self._runs:
-                self._runs = True
-                threading.Thread(target=self._run, name="deadlines", daemon=True).start()
-
-    def remove(self, call: Call) -> None:
-        """Take note that `call` ended by itself."""
-        with self._changed:
-            self._calls.discard(call)
-            if not self._calls:
-                self._changed.notify()
-
-    def _run(self) -> None:
-        with self._changed:
-            while self._calls:
-                first = min(call.ends for call in self._calls)
-                self._changed.wait(max(first - time.monotonic(), _AGAIN))
-                for call in self._calls:
-                    if call.ends <= time.monotonic():
-                        # Until it ends: its socket may only be there now.
-                        call.break_off("timeout")
-            self._runs = False
+        self._adapter.close()
 
 
 _looking_up = threading.Lock()
@@ -168,8 +103,39 @@ def _addresses(host: str, flags: int = 0) -> list[str]:
     return list(dict.fromkeys(str(address[0]) for *_, address in found))
 
 
+class _Reader(io.RawIOBase):
+    """Reads from a socket while its call lasts."""
+
+    def __init__(self, call: Call, connection: Any, file: io.RawIOBase) -> None:
+        self._call = call
+        self._socket = connection
+        self._file = file  # keeps the socket open
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while True:
+            left = self._call.left()
+            self._socket.settimeout(min(left, _GLANCE))
+            try:
+                return int(self._socket.recv_into(buffer))
+            except TimeoutError:
+                continue
+            finally:
+                self._socket.settimeout(left)  # for the TLS handshake after a proxy's answer
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
 class _Response(HTTPResponse):
     """An answer whose interim ones (103 Early Hints and others) were skipped; http.client skips only 100."""
+
+    def __init__(self, call: Call, connection: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(connection, *args, **kwargs)
+        self.fp = io.BufferedReader(_Reader(call, connection, self.fp.detach()))
 
     def begin(self) -> None:
         super().begin()
@@ -179,59 +145,49 @@ class _Response(HTTPResponse):
 
 
 class _HTTPConnection(HTTPConnection):
-    """A connection of the current call."""
+    """A connection of one call."""
 
-    response_class = _Response
+    server_hostname: str | None
+
+    def __init__(self, call: Call, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.call = call
+        self.response_class = cast(Any, partial(_Response, call))
 
     def connect(self) -> None:
-        call, name = _current.get(), self.host
-        call.connection, call.socket, call.peer = self, None, f"{name}:{self.port}"
-        try:
-            self._connect(call, self._places(call, name))
-        finally:
-            self.host = name
-            if self.has_connected_to_proxy:
-                call.peer = call.target
-        call.watch(self.sock)
-
-    def _connect(self, call: Call, places: list[str]) -> None:
         """Try one place after the other; urllib3 would give each the whole time."""
+        call, name = self.call, self.host
+        call.peer = f"{name}:{self.port}"
+        if not self.proxy:
+            self.server_hostname = name
         error = ConnectTimeoutError()
-        for place in places:
-            self.host, self.timeout = place, min(call.left(), _CONNECT_TIMEOUT)
+        for place in self._places(name):
+            # Half of it is for the TLS handshake.
+            self.host, self.timeout = place, min(call.left() / 2, _CONNECT_TIMEOUT)
             try:
                 return super().connect()
             except ConnectTimeoutError as failure:  # or refused, or not reachable
                 error = failure
+            finally:
+                self.host = name
+                if self.has_connected_to_proxy:
+                    call.peer = call.target
         raise error
 
-    def _places(self, call: Call, name: str) -> list[str]:
+    def _places(self, name: str) -> list[str]:
         """Return the addresses of `name`."""
         with suppress(socket.gaierror):
             return _addresses(name, socket.AI_NUMERICHOST)
         look_up = _look_up(name)
-        wait(cast(list[Future[Any]], [look_up, call.over]), call.left(), FIRST_COMPLETED)
-        call.left()
-        places = look_up.result(0)
+        while not look_up.done():
+            wait([look_up], min(self.call.left(), _GLANCE))
+        places = look_up.result()
         # The certificate of a proxy is checked by the name that is connected to.
         return [name] if self.proxy and self.proxy.scheme == "https" else places
 
 
 class _HTTPSConnection(_HTTPConnection, HTTPSConnection):
     """The same with TLS."""
-
-    def connect(self) -> None:
-        if not self.proxy:
-            self.server_hostname = self.host
-        super().connect()
-
-
-class _TlsSocket(ssl.SSLSocket):
-    """Can be shut during its handshake, too."""
-
-    def do_handshake(self, block: bool = False) -> None:
-        _current.get().watch(self)
-        super().do_handshake(block)
 
 
 def tls_context(authorities: str) -> ssl.SSLContext:
@@ -247,7 +203,6 @@ _loading = threading.Lock()
 def _load_context(authorities: str) -> ssl.SSLContext:
     context = ssl.create_default_context()
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.sslsocket_class = _TlsSocket
     context.load_verify_locations(DEFAULT_CA_BUNDLE_PATH)
     if authorities:
         context.load_verify_locations(cadata=authorities)
@@ -257,52 +212,25 @@ def _load_context(authorities: str) -> ssl.SSLContext:
 class _Adapter(HTTPAdapter):
     """Makes connections of ours, with our TLS context."""
 
-    def __init__(self, authorities: str) -> None:
+    def __init__(self, call: Call, authorities: str) -> None:
         super().__init__()
+        self._call = call
         self._authorities = authorities
-
-    def build_connection_pool_key_attributes(self, *args: Any, **kwargs: Any) -> Any:
-        host, _ = super().build_connection_pool_key_attributes(*args, **kwargs)
-        return host, {"ssl_context": tls_context(self._authorities)} if host["scheme"] == "https" else {}
 
     def get_connection_with_tls_context(self, *args: Any, **kwargs: Any) -> Any:
         pool: Any = super().get_connection_with_tls_context(*args, **kwargs)
-        pool.ConnectionCls = _HTTPSConnection if pool.scheme == "https" else _HTTPConnection
+        secure = pool.scheme == "https"
+        pool.ConnectionCls = partial(_HTTPSConnection if secure else _HTTPConnection, self._call)
+        if secure:
+            pool.conn_kw["ssl_context"] = tls_context(self._authorities)
         return pool
 
     def proxy_manager_for(self, proxy: str, **kwargs: Any) -> Any:
-        tls = {"proxy_ssl_context": tls_context(self._authorities)} if proxy.lower().startswith("https:") else {}
-        return super().proxy_manager_for(proxy, **tls, **kwargs)
+        scheme = proxy.lower().partition(":")[0]
+        if scheme not in ("http", "https"):
+            raise InvalidProxyURL
+        tls = tls_context(self._authorities) if scheme == "https" else None
+        return super().proxy_manager_for(proxy, proxy_ssl_context=tls, **kwargs)
 
     def cert_verify(self, *args: Any, **kwargs: Any) -> None:
         """Leave all to the context; requests would load the usual authorities again for each connection."""
-
-
-class _Session(requests.Session):
-    """Reads no ~/.netrc, keeps no cookies, and follows no redirect: credentials must not travel."""
-
-    def __init__(self, headers: Mapping[str, str], authorities: str) -> None:
-        super().__init__()
-        self.trust_env = False
-        self.headers = requests.structures.CaseInsensitiveDict(headers)
-        self.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
-        for scheme in ("http://", "https://"):
-            self.mount(scheme, _Adapter(authorities))
-
-    def get_redirect_target(self, resp: requests.Response) -> None:
-        """Find none; even if it may not follow one, requests would read its whole body."""
-
-
-def _proxies(url: str) -> dict[str, str]:
-    """Return the proxies of the environment for `url`; raise InvalidProxyURL if we cannot use the one."""
-    parts = urlsplit(url)
-    if parts.scheme == "http" and LOOPBACK.fullmatch(parts.hostname or ""):
-        return {}
-    proxies = get_environ_proxies(url)
-    if proxy := select_proxy(url, proxies):
-        with suppress(ValueError):
-            place = parse_url(proxy if "://" in proxy else f"http://{proxy}")
-            if place.scheme in ("http", "https") and place.host and place.port != 0:
-                return proxies
-        raise requests.exceptions.InvalidProxyURL
-    return proxies

@@ -11,7 +11,7 @@ from typing import TypeVar
 import structlog
 
 from creatify_exporter.api import CAUSES, ApiError, Client
-from creatify_exporter.attempt import Attempt, Clock, Outcome, policy
+from creatify_exporter.attempt import Attempt, Clock, policy
 from creatify_exporter.config import Config
 from creatify_exporter.ledger import Book
 from creatify_exporter.listing import Listing
@@ -33,32 +33,22 @@ _log = structlog.get_logger(__name__)
 
 
 class Tally:
-    """The counters of one workspace that live as long as the process, whatever is reloaded; for any thread."""
+    """The counters of one workspace that live as long as the process, whatever is reloaded."""
 
     def __init__(self) -> None:
+        self.errors = Counter(dict.fromkeys(CAUSES, 0))
         self._lock = threading.Lock()
         self._requests: Counter[tuple[str, str]] = Counter()
-        self._errors = Counter(dict.fromkeys(CAUSES, 0))
 
     def request(self, endpoint: str, code: str) -> None:
-        """Count a request that was sent."""
+        """Count a request that was sent; for any thread."""
         with self._lock:
             self._requests[endpoint, code] += 1
-
-    def error(self, cause: str) -> None:
-        """Count a failed listing."""
-        with self._lock:
-            self._errors[cause] += 1
 
     def requests(self) -> dict[tuple[str, str], int]:
         """Return the requests so far by endpoint and code."""
         with self._lock:
             return dict(self._requests)
-
-    def errors(self) -> dict[str, int]:
-        """Return the failed listings so far by cause."""
-        with self._lock:
-            return dict(self._errors)
 
 
 class BackOff:
@@ -109,20 +99,20 @@ class Workspace:
 
     def __init__(self, name: str, client: Client, book: Book, tally: Tally, clock: Clock, *, writes: bool) -> None:
         self.name = name
-        self._client = client
+        self.client = client
         self._book = book
         self._tally = tally
         self._clock = clock
         self._writes = writes
         self._back_off = BackOff(name, clock)
-        self._newest: Outcome | None = None
+        self._newest: Attempt | None = None
         self._round: Round | None = None
         self._retired = False
         self._last_success: float | None = None
         self._started = -math.inf
         self._balance_running = False
-        self._balance_up: bool | None = None
-        self._said: set[str] = set()
+        self._balance_up = False
+        self._wrong: dict[str, bool] = {}
 
     def configure(self, config: Config, classify: Classifier) -> None:
         """Take a new configuration; a listing under way goes on under the former one."""
@@ -158,8 +148,8 @@ class Workspace:
             clock_offset=newest.clock_offset if newest else None,
             totals=self._book.totals,
             balance=current.balance if current else None,
-            balance_up=bool(self._balance_up) if self._config.api.remaining_credits else None,
-            errors=self._tally.errors(),
+            balance_up=self._balance_up if self._config.api.remaining_credits else None,
+            errors=dict(self._tally.errors),
             requests=self._tally.requests(),
             backoff=self._back_off.until(),
             owners=self._classify.owners,
@@ -175,8 +165,7 @@ class Workspace:
         self._retired = True
         if self._round:
             self._round.end()
-        self._client.abort()
-        self._client.close()
+        self.client.given_up.set()
 
     @property
     def _up(self) -> bool:
@@ -192,7 +181,7 @@ class Workspace:
 
     def _attempt(self) -> Attempt:
         return Attempt(
-            self._client, self._book, self._config, self._classify, self._clock, still=lambda: not self._retired
+            self.client, self._book, self._config, self._classify, self._clock, still=lambda: not self._retired
         )
 
     def _start(self) -> Round:
@@ -201,9 +190,9 @@ class Workspace:
         if self._config.api.remaining_credits and not self._balance_running and not self._back_off.holds(BALANCE):
             self._start_balance(current)
 
-        def take(outcome: Outcome) -> None:
+        def take(_: None) -> None:
             if not self._retired:
-                self._take(outcome)
+                self._take(attempt)
             current.end()
 
         attempt, settles = self._attempt(), not self._back_off.holds(TASK)
@@ -216,9 +205,9 @@ class Workspace:
         current = Round(former.balance if former else None)
         attempt = self._attempt()
 
-        def take(error: Exception | None) -> None:
-            if error:
-                _log.debug("the ledger cannot show what is due", workspace=self.name, error=str(error))
+        def take(_: None) -> None:
+            if attempt.ledger_error:
+                _log.debug("the ledger cannot show what is due", workspace=self.name, error=str(attempt.ledger_error))
             current.end()
 
         self._in_thread(attempt.record, take)
@@ -233,88 +222,80 @@ class Workspace:
             read.set_result(None)
             if self._retired:
                 return
+            self._balance_up, details = True, {}
             if isinstance(balance, ApiError):
+                self._balance_up, details = False, {"cause": balance.cause, "error": str(balance)}
                 self._back_off.take(balance, [BALANCE])
-                if self._balance_up is not False:
-                    _log.warning("balance not read", workspace=self.name, cause=balance.cause, error=str(balance))
             else:
                 (self._round or current).balance = balance
-                if self._balance_up is False:
-                    _log.info("balance read again", workspace=self.name)
-            self._balance_up = not isinstance(balance, ApiError)
+            self._tell(not self._balance_up, _log.warning, "balance not read", "balance read again", **details)
 
         self._in_thread(self._read_balance, take)
 
     def _read_balance(self) -> float | ApiError:
         try:
-            return self._client.remaining_credits()
+            return self.client.remaining_credits()
         except ApiError as error:
             return error
         except Exception as failure:  # noqa: BLE001 - as with the list
             return ApiError("payload", f"the balance could not be read ({type(failure).__name__})")
 
-    def _take(self, outcome: Outcome) -> None:
-        """Make `outcome` the newest one, and count and log what changed."""
-        former, self._newest = self._newest, outcome
-        error = outcome.error
-        if error is not None:
-            self._tally.error(error.cause)
+    def _take(self, attempt: Attempt) -> None:
+        """Make `attempt` the newest one, and count and log what changed."""
+        former, self._newest = self._newest, attempt
+        error, ledger_error = attempt.error, attempt.ledger_error
+        if error:
+            self._tally.errors[error.cause] += 1
             _log.warning(
                 "listing failed", workspace=self.name, cause=error.cause, status=error.status, error=str(error)
             )
             self._back_off.take(error, [LIST, BALANCE])
         else:
-            self._last_success = outcome.finished_at
+            self._last_success = attempt.finished_at
             if former and former.error:
                 _log.info("listing works again", workspace=self.name)
-            if outcome.ledger_error:
-                self._tally.error("ledger")
-        if outcome.refusal is not None:
-            self._back_off.take(outcome.refusal, [TASK])
-        self._log_ledger(former, outcome)
-        self._log_clock(outcome.clock_offset)
-        if outcome.listing:
-            self._hint(outcome.listing, outcome.ignored_credits)
-
-    def _log_ledger(self, former: Outcome | None, outcome: Outcome) -> None:
-        if outcome.ledger_error and not (former and former.ledger_error):
-            _log.error("the ledger cannot record", workspace=self.name, error=str(outcome.ledger_error))
-        elif former and former.ledger_error and not outcome.ledger_error:
-            _log.info("the ledger records again", workspace=self.name)
-
-    def _log_clock(self, offset: float | None) -> None:
-        """Say once that this machine's clock and the API's differ, and once that they agree again."""
-        if offset is None:
-            return
-        if abs(offset) > _WRONG_CLOCK and self._first("clock"):
-            _log.warning("this machine's clock is wrong", workspace=self.name, offset_seconds=round(offset))
-        elif abs(offset) <= _WRONG_CLOCK and "clock" in self._said:
-            self._said.remove("clock")
-            _log.info("this machine's clock is right again", workspace=self.name)
+            self._tally.errors["ledger"] += bool(ledger_error)
+        if attempt.refusal:
+            self._back_off.take(attempt.refusal, [TASK])
+        self._tell(
+            bool(ledger_error),
+            _log.error,
+            "the ledger cannot record",
+            "the ledger records again",
+            error=str(ledger_error),
+        )
+        if (offset := attempt.clock_offset) is not None:
+            self._tell(
+                abs(offset) > _WRONG_CLOCK,
+                _log.warning,
+                "this machine's clock is wrong",
+                "this machine's clock is right again",
+                offset_seconds=round(offset),
+            )
+        if attempt.listing:
+            self._hint(attempt.listing, attempt.ignored_credits)
 
     def _hint(self, listing: Listing, ignored_credits: int) -> None:
         """Say once what the user should know of the tasks themselves."""
-        if ignored_credits and self._first("credits"):
-            _log.warning(
-                "credits_used was ignored: negative, above the limit or no number",
-                workspace=self.name,
-                tasks=ignored_credits,
-            )
+        if ignored_credits:
+            text = "credits_used was ignored: negative, above the limit or no number"
+            self._tell(True, _log.warning, text, tasks=ignored_credits)
         failures = sum(listing.failed.values())
         unknown = sum(count for (_, reason), count in listing.failed.items() if reason == OTHER)
-        if failures >= _MANY_FAILURES and unknown > _MANY_UNKNOWN * failures and self._first("reasons"):
-            _log.info(
-                "many failures have no known reason: --reasons shows examples to write rules from",
-                workspace=self.name,
-                share=round(unknown / failures, 2),
-            )
+        if failures >= _MANY_FAILURES and unknown > _MANY_UNKNOWN * failures:
+            text = "many failures have no known reason: --reasons shows examples to write rules from"
+            self._tell(True, _log.info, text, share=round(unknown / failures, 2))
 
-    def _first(self, subject: str) -> bool:
-        """Return whether this is the first time that something is said about `subject`."""
-        if subject in self._said:
-            return False
-        self._said.add(subject)
-        return True
+    def _tell(
+        self, wrong: bool, log: Callable[..., object], problem: str, recovery: str = "", **details: object
+    ) -> None:
+        """Log `problem` once when something goes wrong, and `recovery` once when it is right again."""
+        if wrong != self._wrong.get(problem, False):
+            self._wrong[problem] = wrong
+            if wrong:
+                log(problem, workspace=self.name, **details)
+            else:
+                _log.info(recovery, workspace=self.name)
 
     def _in_thread(self, work: Callable[[], T], take: Callable[[T], None]) -> None:
         """Run `work` in a thread of its own, and `take` its result in the event loop."""

@@ -1,5 +1,4 @@
 import json
-import os
 import socket
 import ssl
 import subprocess
@@ -50,14 +49,20 @@ def client(url: str, **changed: Any) -> Client:
         "base_url": url,
         "timeout": 10.0,
         "max_response_size": 10**9,
-        "ca_file": None,
+        "authorities": "",
         "on_request": lambda endpoint, code: None,
     }
     return Client(**{**options, **changed})
 
 
 def ids(client: Client) -> list[Any]:
-    return [record and record.id for batch in client.tasks() for record in batch]
+    with closing(client.tasks()) as stream:
+        return [record and record.id for batch in stream for record in batch]
+
+
+def one_task(client: Client, task_id: str) -> Record | None:
+    with closing(client.tasks()) as stream:
+        return stream.task(task_id)
 
 
 def failure(call: Callable[[], object], within: float = 3.0) -> ApiError:
@@ -192,15 +197,13 @@ HOSTILE: dict[str, tuple[Script, str]] = {
 def test_a_hostile_server_makes_the_listing_fail_with_its_cause(script: Script, cause: str) -> None:
     sent: Requests = []
     with Server(script) as server:
-        with closing(
-            client(
-                server.url,
-                timeout=patience(cause),
-                max_response_size=1_000_000,
-                on_request=lambda *request: sent.append(request),
-            )
-        ) as subject:
-            error = failure(lambda: ids(subject))
+        subject = client(
+            server.url,
+            timeout=patience(cause),
+            max_response_size=1_000_000,
+            on_request=lambda *request: sent.append(request),
+        )
+        error = failure(lambda: ids(subject))
         assert error.cause == cause
         assert [endpoint for endpoint, _ in sent] == ["text_generator"] * len(server.requests)
         assert len(server.requests) == 1
@@ -227,14 +230,16 @@ BALANCE_ONLY: dict[str, tuple[Script, str]] = {
 
 @pytest.mark.parametrize(("script", "cause"), [*BALANCE_ONLY.values()], ids=[*BALANCE_ONLY.keys()])
 def test_a_bad_balance_is_an_error(script: Script, cause: str) -> None:
-    with Server(script) as server, closing(client(server.url)) as subject:
+    with Server(script) as server:
+        subject = client(server.url)
         assert failure(subject.remaining_credits).cause == cause
 
 
 @pytest.mark.parametrize("name", ["401", "429", "500", "redirect without a location", "hang", "body drips", "reset"])
 def test_the_balance_fails_like_the_listing(name: str) -> None:
     script, cause = HOSTILE[name]
-    with Server(script) as server, closing(client(server.url, timeout=patience(cause))) as subject:
+    with Server(script) as server:
+        subject = client(server.url, timeout=patience(cause))
         assert failure(subject.remaining_credits).cause == cause
 
 
@@ -242,7 +247,8 @@ def test_the_balance_fails_like_the_listing(name: str) -> None:
     ("value", "credits"), [("379.0", 379), ("0", 0), ('"12.5"', 12.5), ('" -3 "', -3), ("1e2", 100)]
 )
 def test_the_balance_is_a_number_or_plain_decimal_text(value: str, credits: float) -> None:
-    with Server(answer(f'{{"remaining_credits": {value}}}'.encode())) as server, closing(client(server.url)) as subject:
+    with Server(answer(f'{{"remaining_credits": {value}}}'.encode())) as server:
+        subject = client(server.url)
         assert subject.remaining_credits() == credits
         assert server.requests[0].path == "/api/remaining_credits/"
 
@@ -259,26 +265,26 @@ def test_the_balance_is_a_number_or_plain_decimal_text(value: str, credits: floa
     ids=["length", "chunks", "gzip", "until closed", "wrong type"],
 )
 def test_every_way_to_send_a_body_is_understood(script: Script) -> None:
-    with Server(script) as server, closing(client(server.url)) as subject:
-        stream = subject.tasks()
-        assert [record and record.id for batch in stream for record in batch] == ["a", "b"]
-        assert stream.size == len(TASKS)
+    with Server(script) as server:
+        subject = client(server.url)
+        with closing(subject.tasks()) as stream:
+            assert [record and record.id for batch in stream for record in batch] == ["a", "b"]
+            assert stream.size == len(TASKS)
 
 
 def test_a_listing_and_its_tasks_share_a_connection_and_the_next_listing_opens_another() -> None:
     one = answer(b'{"id":"a"}')
-    script = in_turn(answer(TASKS), one, one, answer(TASKS), answer(b'{"remaining_credits":1}'), one)
-    with Server(script) as server, closing(client(server.url)) as subject:
-        assert ids(subject) == ["a", "b"]
-        assert subject.task("a") == subject.task("a") == Record(id="a")
+    script = in_turn(answer(TASKS), one, one, answer(TASKS), answer(b'{"remaining_credits":1}'))
+    with Server(script) as server:
+        subject = client(server.url)
+        with closing(subject.tasks()) as stream:
+            assert sum(map(len, stream)) == 2
+            assert stream.task("a") == stream.task("a") == Record(id="a")
         assert server.connections == 1
         assert ids(subject) == ["a", "b"]
         assert server.connections == 2
         assert subject.remaining_credits() == 1
         assert server.connections == 3
-        subject.close()
-        assert subject.task("a") == Record(id="a")
-        assert server.connections == 4
 
 
 def close_after(script: Script) -> Script:
@@ -292,8 +298,8 @@ def close_after(script: Script) -> Script:
 def test_a_server_that_closes_after_each_answer_is_connected_to_again() -> None:
     first = close_after(answer(b'{"next":"?2","results":[{"id":"a"}]}', 200, "Connection: close"))
     with Server(in_turn(first, answer(b'{"results":[{"id":"b"}]}'))) as server:
-        with closing(client(server.url)) as subject:
-            assert ids(subject) == ["a", "b"]
+        subject = client(server.url)
+        assert ids(subject) == ["a", "b"]
         assert server.connections == 2
 
 
@@ -304,8 +310,8 @@ def test_a_task_is_read_by_its_id() -> None:
     sent: Requests = []
     body = b'{"id":"a-1","status":"done","credits_used":0.5,"messages":[{"id":"x"}]}'
     with Server(answer(body)) as server:
-        with closing(client(server.url, on_request=lambda *one: sent.append(one))) as subject:
-            assert subject.task("a-1") == Record(id="a-1", status="done", credits_used=0.5)
+        subject = client(server.url, on_request=lambda *one: sent.append(one))
+        assert one_task(subject, "a-1") == Record(id="a-1", status="done", credits_used=0.5)
         assert server.requests[0].path == "/sse/text_generator/a-1/"
         assert server.requests[0].headers["x-api-key"] == f"key-{PLANTED}"
     assert sent == [("text_generator_task", "200")]
@@ -313,11 +319,9 @@ def test_a_task_is_read_by_its_id() -> None:
 
 def test_a_task_that_the_api_does_not_know_is_none() -> None:
     sent: Requests = []
-    with (
-        Server(planted(404)) as server,
-        closing(client(server.url, on_request=lambda *one: sent.append(one))) as subject,
-    ):
-        assert subject.task("a") is None
+    with Server(planted(404)) as server:
+        subject = client(server.url, on_request=lambda *one: sent.append(one))
+        assert one_task(subject, "a") is None
     assert sent == [("text_generator_task", "404")]
 
 
@@ -340,11 +344,9 @@ NO_TASK: dict[str, tuple[Script, str]] = {
 
 @pytest.mark.parametrize(("script", "cause"), NO_TASK.values(), ids=NO_TASK.keys())
 def test_anything_but_the_task_is_an_error(script: Script, cause: str) -> None:
-    with (
-        Server(script) as server,
-        closing(client(server.url, timeout=patience(cause), max_response_size=1_000_000)) as subject,
-    ):
-        assert failure(lambda: subject.task("a")).cause == cause
+    with Server(script) as server:
+        subject = client(server.url, timeout=patience(cause), max_response_size=1_000_000)
+        assert failure(lambda: one_task(subject, "a")).cause == cause
 
 
 def test_tasks_have_what_the_listing_left_of_the_time() -> None:
@@ -355,10 +357,11 @@ def test_tasks_have_what_the_listing_left_of_the_time() -> None:
         answer(TASKS)(exchange)
 
     with Server(in_turn(late, drip_headers)) as server:
-        with closing(client(server.url, timeout=TIMEOUT, on_request=lambda *one: sent.append(one))) as subject:
-            assert ids(subject) == ["a", "b"]
-            assert failure(lambda: subject.task("a"), within=0.45).cause == "timeout"
-            assert failure(lambda: subject.task("b"), within=0.1).cause == "timeout"
+        subject = client(server.url, timeout=TIMEOUT, on_request=lambda *one: sent.append(one))
+        with closing(subject.tasks()) as stream:
+            assert sum(map(len, stream)) == 2
+            assert failure(lambda: stream.task("a"), within=0.45).cause == "timeout"
+            assert failure(lambda: stream.task("b"), within=0.1).cause == "timeout"
         assert server.connections == 1
     assert len(sent) == len(server.requests) == 2
 
@@ -373,28 +376,30 @@ def test_pages_are_read_in_sequence_under_one_deadline_and_one_cap() -> None:
         answer(json.dumps({"count": 3, "next": following, "results": [{"id": page}]}).encode())(exchange)
 
     with Server(script) as server:
-        with closing(client(server.url)) as subject:
-            assert ids(subject) == [1, 2, 3]
+        subject = client(server.url)
+        assert ids(subject) == [1, 2, 3]
         assert [exchange.path for exchange in server.requests] == [
             "/sse/text_generator/",
             "/sse/text_generator/?page=2",
             "/sse/text_generator/?page=3",
         ]
         assert {exchange.headers["x-api-key"] for exchange in server.requests} == {f"key-{PLANTED}"}
-        with closing(client(server.url, max_response_size=150)) as subject:
-            assert failure(lambda: ids(subject)).cause == "too_large"
+        subject = client(server.url, max_response_size=150)
+        assert failure(lambda: ids(subject)).cause == "too_large"
 
     def endless(exchange: Exchange) -> None:
         exchange.stopped.wait(0.05)
         answer(f'{{"next":"?{len(exchange.path)}{exchange.path[-20:]}","results":[]}}'.encode())(exchange)
 
-    with Server(endless) as server, closing(client(server.url, timeout=TIMEOUT)) as subject:
+    with Server(endless) as server:
+        subject = client(server.url, timeout=TIMEOUT)
         assert failure(lambda: ids(subject)).cause in ("timeout", "payload")
 
 
 def test_a_later_page_that_fails_fails_the_listing() -> None:
     script = in_turn(answer(b'{"next":"?2","results":[{"id":1}]}'), planted(500))
-    with Server(script) as server, closing(client(server.url)) as subject:
+    with Server(script) as server:
+        subject = client(server.url)
         assert failure(lambda: ids(subject)).status == 500
 
 
@@ -403,7 +408,8 @@ def test_a_redirect_target_receives_no_request() -> None:
         redirect = answer(
             b"x" * 1000, 302, f"Location: http://127.0.0.1:{elsewhere.port}/{PLANTED}?{PLANTED}={PLANTED}"
         )
-        with Server(redirect) as server, closing(client(server.url)) as subject:
+        with Server(redirect) as server:
+            subject = client(server.url)
             error = failure(lambda: ids(subject))
         assert (error.cause, error.status) == ("http", 302)
         assert f"to http://127.0.0.1:{elsewhere.port}," in str(error)
@@ -426,11 +432,12 @@ def test_a_redirect_target_receives_no_request() -> None:
 def test_a_listing_tells_the_date_of_its_first_answer(header: str, date: float | None) -> None:
     first = answer(b'{"next":"?2","results":[]}', 200, header)
     last = answer(b'{"results":[]}', 200, "Date: Thu, 01 Jan 1970 00:00:07 GMT")
-    with Server(in_turn(first, last)) as server, closing(client(server.url)) as subject:
-        stream = subject.tasks()
-        assert stream.date is None
-        assert list(stream) == []
-        assert stream.date == date
+    with Server(in_turn(first, last)) as server:
+        subject = client(server.url)
+        with closing(subject.tasks()) as stream:
+            assert stream.date is None
+            assert list(stream) == []
+            assert stream.date == date
 
 
 @pytest.mark.parametrize(
@@ -441,7 +448,8 @@ def test_interim_answers_are_skipped(interim: bytes) -> None:
         exchange.send(interim * 2)
         answer(TASKS if "sse" in exchange.path else b'{"remaining_credits":2}')(exchange)
 
-    with Server(script) as server, closing(client(server.url)) as subject:
+    with Server(script) as server:
+        subject = client(server.url)
         assert ids(subject) == ["a", "b"]
         assert subject.remaining_credits() == 2
 
@@ -451,20 +459,20 @@ def test_interim_answers_without_end_are_under_the_deadline() -> None:
         while not exchange.stopped.wait(0.01):
             exchange.send(head(103))
 
-    with Server(script) as server, closing(client(server.url, timeout=TIMEOUT)) as subject:
+    with Server(script) as server:
+        subject = client(server.url, timeout=TIMEOUT)
         assert failure(lambda: ids(subject)).cause == "timeout"
 
 
 def test_an_error_says_where_to_look() -> None:
     page = answer(f"<p>{PLANTED}".encode(), 200, "Content-Type: text/html; x=y")
-    with Server(in_turn(planted(404), page)) as server, closing(client(server.url)) as subject:
+    with Server(in_turn(planted(404), page)) as server:
+        subject = client(server.url)
         assert "api.base_url" in str(failure(lambda: ids(subject)))
         text = str(failure(lambda: ids(subject)))
         assert f"HTTP 200, content type text/html, {len(PLANTED) + 3} bytes" in text
-    with (
-        Server(answer(b"{}", 200, f"Content-Type: {PLANTED}: {PLANTED}")) as server,
-        closing(client(server.url)) as subject,
-    ):
+    with Server(answer(b"{}", 200, f"Content-Type: {PLANTED}: {PLANTED}")) as server:
+        subject = client(server.url)
         assert "content type unknown, 2 bytes" in str(failure(subject.remaining_credits))
 
 
@@ -490,7 +498,8 @@ def test_retry_after_is_told_in_seconds_from_now(
     if isinstance(header, timedelta):
         header = format_datetime(datetime.now(UTC) + header, usegmt=True)
     script = planted(status, *([f"Retry-After: {header}"] if header is not None else []))
-    with Server(script) as server, closing(client(server.url)) as subject:
+    with Server(script) as server:
+        subject = client(server.url)
         error = failure(lambda: ids(subject))
     if low is None or high is None:
         assert error.retry_after is None
@@ -500,7 +509,8 @@ def test_retry_after_is_told_in_seconds_from_now(
 
 
 def test_retry_after_counts_only_with_429_and_503() -> None:
-    with Server(planted(500, "Retry-After: 7")) as server, closing(client(server.url)) as subject:
+    with Server(planted(500, "Retry-After: 7")) as server:
+        subject = client(server.url)
         assert failure(lambda: ids(subject)).retry_after is None
 
 
@@ -555,12 +565,8 @@ def silent_name_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         thread.join(10)
 
 
-def look_ups(name: str = "look-up") -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name.startswith(name)]
-
-
-def watchers() -> list[threading.Thread]:
-    return look_ups("deadlines")
+def look_ups() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("look-up")]
 
 
 @pytest.mark.usefixtures("silent_name_server")
@@ -573,34 +579,33 @@ def test_a_name_server_that_does_not_answer_is_a_timeout_and_piles_up_no_threads
 
 
 @pytest.mark.usefixtures("silent_name_server")
-def test_abort_breaks_off_a_look_up() -> None:
+def test_who_gives_up_breaks_off_a_look_up() -> None:
     subject, errors = client("http://api.invalid"), []
     thread = threading.Thread(target=lambda: errors.append(failure(lambda: ids(subject))))
     thread.start()
     deadline = time.monotonic() + 5
     while not look_ups() and time.monotonic() < deadline:
         time.sleep(0.01)
-    subject.abort()
+    subject.given_up.set()
     thread.join(5)
     assert [error.cause for error in errors] == ["connection"]
 
 
-def test_calls_share_one_thread_beside_the_callers_own() -> None:
+def test_calls_need_no_thread_beside_the_callers_own() -> None:
     with Server(hang) as server:
         subjects = [client(server.url) for _ in range(10)]
         callers = [threading.Thread(target=lambda one=one: failure(lambda: ids(one))) for one in subjects]
-        before = threading.active_count() - len(watchers())
+        before = threading.active_count()
         for caller in callers:
             caller.start()
         deadline = time.monotonic() + 10
         while len(server.requests) < len(callers) and time.monotonic() < deadline:
             time.sleep(0.01)
         assert len(server.requests) == len(callers)
-        # A caller and the server's thread for it, and one that watches over all deadlines.
-        assert threading.active_count() == before + 2 * len(callers) + 1
-        assert len(watchers()) == 1
+        # A caller and the server's thread for it.
+        assert threading.active_count() == before + 2 * len(callers)
         for subject in subjects:
-            subject.abort()
+            subject.given_up.set()
         for caller in callers:
             caller.join(5)
 
@@ -631,30 +636,16 @@ def server_tls(authority: trustme.CA, name: str = "localhost") -> ssl.SSLContext
 
 
 @pytest.fixture
-def ca_file(authority: trustme.CA, tmp_path: Path) -> str:
-    path = tmp_path / "ca.pem"
-    authority.cert_pem.write_to_path(path)
-    return str(path)
+def authorities(authority: trustme.CA) -> str:
+    return authority.cert_pem.bytes().decode()
 
 
-def test_tls_works_with_an_extra_authority(authority: trustme.CA, ca_file: str) -> None:
+def test_tls_works_with_an_extra_authority(authority: trustme.CA, authorities: str) -> None:
     page = in_turn(answer(b'{"next":"?2","results":[{"id":"a"}]}'), answer(b'{"results":[{"id":"b"}]}'))
-    with Server(page, server_tls(authority)) as server, closing(client(server.url, ca_file=ca_file)) as subject:
+    with Server(page, server_tls(authority)) as server:
+        subject = client(server.url, authorities=authorities)
         assert ids(subject) == ["a", "b"]
         assert server.connections == 1
-
-
-def test_a_renewed_authority_is_taken_by_a_new_client(authority: trustme.CA, tmp_path: Path) -> None:
-    path = tmp_path / "ca.pem"
-    trustme.CA().cert_pem.write_to_path(path)
-    with Server(answer(TASKS), server_tls(authority)) as server:
-        with closing(client(server.url, ca_file=str(path))) as subject:
-            assert failure(lambda: ids(subject)).cause == "connection"
-        size = path.stat()
-        path.write_bytes("# Zürich\n".encode() + authority.cert_pem.bytes())
-        os.utime(path, ns=(size.st_atime_ns, size.st_mtime_ns))
-        with closing(client(server.url, ca_file=str(path))) as subject:
-            assert ids(subject) == ["a", "b"]
 
 
 def test_the_extra_authority_is_trusted_besides_the_usual_ones(authority: trustme.CA) -> None:
@@ -666,26 +657,29 @@ def test_the_extra_authority_is_trusted_besides_the_usual_ones(authority: trustm
 
 
 def test_a_certificate_of_nobody_is_a_connection_error(authority: trustme.CA) -> None:
-    with Server(answer(TASKS), server_tls(authority)) as server, closing(client(server.url)) as subject:
+    with Server(answer(TASKS), server_tls(authority)) as server:
+        subject = client(server.url)
         error = failure(lambda: ids(subject))
         assert error.cause == "connection"
         assert "certificate" in str(error)
         assert not server.requests
 
 
-def test_a_certificate_for_another_host_is_a_connection_error(authority: trustme.CA, ca_file: str) -> None:
+def test_a_certificate_for_another_host_is_a_connection_error(authority: trustme.CA, authorities: str) -> None:
     tls = server_tls(authority, "elsewhere.example")
-    with Server(answer(TASKS), tls) as server, closing(client(server.url, ca_file=ca_file)) as subject:
+    with Server(answer(TASKS), tls) as server:
+        subject = client(server.url, authorities=authorities)
         error = failure(lambda: ids(subject))
         assert error.cause == "connection"
         assert "certificate" in str(error)
 
 
-def test_old_tls_is_refused(authority: trustme.CA, ca_file: str) -> None:
+def test_old_tls_is_refused(authority: trustme.CA, authorities: str) -> None:
     tls = server_tls(authority)
     with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
         tls.maximum_version = ssl.TLSVersion.TLSv1_1
-    with Server(answer(TASKS), tls) as server, closing(client(server.url, ca_file=ca_file)) as subject:
+    with Server(answer(TASKS), tls) as server:
+        subject = client(server.url, authorities=authorities)
         assert failure(lambda: ids(subject)).cause == "connection"
 
 
@@ -693,11 +687,9 @@ def test_old_tls_is_refused(authority: trustme.CA, ca_file: str) -> None:
     ("script", "cause"),
     [(drip_headers, "timeout"), (drip_body, "timeout"), (hang_in_body, "timeout"), (cut_short, "payload")],
 )
-def test_the_deadline_holds_over_tls(authority: trustme.CA, ca_file: str, script: Script, cause: str) -> None:
-    with (
-        Server(script, server_tls(authority)) as server,
-        closing(client(server.url, ca_file=ca_file, timeout=TIMEOUT)) as subject,
-    ):
+def test_the_deadline_holds_over_tls(authority: trustme.CA, authorities: str, script: Script, cause: str) -> None:
+    with Server(script, server_tls(authority)) as server:
+        subject = client(server.url, authorities=authorities, timeout=TIMEOUT)
         assert failure(lambda: ids(subject)).cause == cause
 
 
@@ -725,7 +717,7 @@ def test_the_deadline_holds_during_the_tls_handshake(greeting: bytes) -> None:
         thread.join()
 
 
-def test_abort_breaks_off_what_is_running() -> None:
+def test_who_gives_up_breaks_off_what_is_running() -> None:
     arrived = threading.Event()
 
     def script(exchange: Exchange) -> None:
@@ -734,7 +726,8 @@ def test_abort_breaks_off_what_is_running() -> None:
         exchange.hang()
 
     errors = []
-    with Server(script) as server, closing(client(server.url)) as subject:
+    with Server(script) as server:
+        subject = client(server.url)
         threads = [
             threading.Thread(target=lambda: errors.append(failure(lambda: ids(subject)))),
             threading.Thread(target=lambda: errors.append(failure(subject.remaining_credits))),
@@ -745,7 +738,7 @@ def test_abort_breaks_off_what_is_running() -> None:
         deadline = time.monotonic() + 5
         while len(server.requests) < 2 and time.monotonic() < deadline:
             arrived.wait(0.01)
-        subject.abort()
+        subject.given_up.set()
         for thread in threads:
             thread.join(5)
     assert [error.cause for error in errors] == ["connection", "connection"]
@@ -753,10 +746,9 @@ def test_abort_breaks_off_what_is_running() -> None:
 
 def test_a_call_that_was_broken_off_sends_nothing_more() -> None:
     with Server(answer(TASKS)) as server:
-        call = session.Call(10, {}, "")
-        call.break_off("abort")
-        with pytest.raises(TimeoutError):
-            call.get(server.url)
+        subject = client(server.url)
+        subject.given_up.set()
+        assert failure(lambda: ids(subject)).cause == "connection"
         assert server.connections == 0
 
 
@@ -770,11 +762,12 @@ def test_a_listing_given_up_half_way_closes_its_connection() -> None:
         finally:
             closed.set()
 
-    with Server(script) as server, closing(client(server.url)) as subject:
-        stream = iter(subject.tasks())
-        assert next(stream)
-        assert isinstance(stream, Generator)
-        stream.close()
+    with Server(script) as server:
+        subject = client(server.url)
+        batches = iter(subject.tasks())
+        assert next(batches)
+        assert isinstance(batches, Generator)
+        batches.close()
         assert closed.wait(5)
 
 
@@ -786,7 +779,8 @@ def test_both_endpoints_work_at_once_from_two_threads() -> None:
         answer(TASKS if "sse" in exchange.path else b'{"remaining_credits":2}')(exchange)
 
     found: list[object] = []
-    with Server(script) as server, closing(client(server.url)) as subject:
+    with Server(script) as server:
+        subject = client(server.url)
         for _ in range(5):
             other = threading.Thread(target=lambda: found.append(subject.remaining_credits()))
             other.start()
@@ -808,8 +802,8 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 def test_a_proxy_of_the_environment_is_used(environment: pytest.MonkeyPatch, name: str) -> None:
     with Server(answer(TASKS)) as proxy:
         environment.setenv(name, f"http://us%40er:{PLANTED}@127.0.0.1:{proxy.port}")
-        with closing(client("http://api.example/v1")) as subject:
-            assert ids(subject) == ["a", "b"]
+        subject = client("http://api.example/v1")
+        assert ids(subject) == ["a", "b"]
         request = proxy.requests[0]
         assert request.path == "http://api.example/v1/sse/text_generator/"
         assert request.headers["host"] == "api.example"
@@ -822,7 +816,8 @@ def test_loopback_never_goes_through_a_proxy(environment: pytest.MonkeyPatch, ho
         environment.setenv("HTTP_PROXY", proxy.url)
         environment.setenv("ALL_PROXY", proxy.url)
         # The server is at 127.0.0.1 alone.
-        with closing(client(f"http://{host}:{server.port}", timeout=1)) as subject, suppress(ApiError):
+        with suppress(ApiError):
+            subject = client(f"http://{host}:{server.port}", timeout=1)
             ids(subject)
         assert proxy.connections == 0
 
@@ -871,14 +866,14 @@ def tunnel(port: int) -> Script:
 
 @pytest.mark.parametrize("over_tls", [False, True])
 def test_tls_goes_through_a_proxy(
-    environment: pytest.MonkeyPatch, authority: trustme.CA, ca_file: str, over_tls: bool
+    environment: pytest.MonkeyPatch, authority: trustme.CA, authorities: str, over_tls: bool
 ) -> None:
     tls = server_tls(authority)
     with Server(answer(TASKS), server_tls(authority, "api.example")) as server:
         with Server(tunnel(server.port), tls if over_tls else None) as proxy:
             environment.setenv("https_proxy", proxy.url.replace("//", f"//user:{PLANTED}@"))
-            with closing(client("https://api.example", ca_file=ca_file)) as subject:
-                assert ids(subject) == ["a", "b"]
+            subject = client("https://api.example", authorities=authorities)
+            assert ids(subject) == ["a", "b"]
             assert proxy.requests[0].path == "api.example:443"
             assert "x-api-key" not in proxy.requests[0].headers
         assert "proxy-authorization" not in server.requests[0].headers
@@ -887,14 +882,14 @@ def test_tls_goes_through_a_proxy(
 @pytest.mark.parametrize("over_tls", [False, True])
 @pytest.mark.parametrize(("script", "cause"), [(planted(407), "connection"), (drip_headers, "timeout")])
 def test_a_proxy_that_refuses_or_drips_is_an_error(
-    environment: pytest.MonkeyPatch, authority: trustme.CA, ca_file: str, over_tls: bool, script: Script, cause: str
+    environment: pytest.MonkeyPatch, authority: trustme.CA, authorities: str, over_tls: bool, script: Script, cause: str
 ) -> None:
     with Server(script, server_tls(authority) if over_tls else None) as proxy:
         environment.setenv("https_proxy", proxy.url.replace("//", f"//user:{PLANTED}@"))
-        with closing(client("https://api.example", ca_file=ca_file, timeout=TIMEOUT)) as subject:
-            error = failure(lambda: ids(subject))
-            assert error.cause == cause
-            assert "proxy of the environment answered HTTP 407" in str(error) or cause == "timeout"
+        subject = client("https://api.example", authorities=authorities, timeout=TIMEOUT)
+        error = failure(lambda: ids(subject))
+        assert error.cause == cause
+        assert "proxy of the environment answered HTTP 407" in str(error) or cause == "timeout"
         assert proxy.requests[0].path == "api.example:443"
 
 
@@ -903,14 +898,16 @@ def test_netrc_is_not_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     netrc.write_text("default login someone password else\n")
     netrc.chmod(0o600)
     monkeypatch.setenv("NETRC", str(netrc))
-    with Server(answer(TASKS)) as server, closing(client(server.url)) as subject:
+    with Server(answer(TASKS)) as server:
+        subject = client(server.url)
         assert ids(subject) == ["a", "b"]
         assert "authorization" not in server.requests[0].headers
 
 
 def test_cookies_are_not_kept() -> None:
     script = answer(TASKS, 200, "Set-Cookie: a=b; Path=/")
-    with Server(script) as server, closing(client(server.url)) as subject:
+    with Server(script) as server:
+        subject = client(server.url)
         ids(subject)
         ids(subject)
         assert "cookie" not in server.requests[1].headers
@@ -921,7 +918,7 @@ def test_a_gzip_bomb_is_stopped_at_the_cap_in_bounded_memory() -> None:
         import resource, sys
         from creatify_exporter.api import ApiError, Client
         subject = Client(api_id="i", api_key="k", base_url=sys.argv[1], timeout=60, max_response_size=100_000_000,
-                         ca_file=None, on_request=lambda *_: None)
+                         authorities="", on_request=lambda *_: None)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         stream = subject.tasks()
         try:
@@ -946,10 +943,10 @@ def test_a_gzip_bomb_is_stopped_at_the_cap_in_bounded_memory() -> None:
     assert int(grown_kib) < 25_000
 
 
-@pytest.mark.parametrize("slash", ["", "/"])
-def test_requests_carry_both_credentials_and_ask_for_gzip(slash: str) -> None:
+def test_requests_carry_both_credentials_and_ask_for_gzip() -> None:
     script = in_turn(answer(TASKS), answer(b'{"remaining_credits":5}'))
-    with Server(script) as server, closing(client(server.url + "/v1" + slash)) as subject:
+    with Server(script) as server:
+        subject = client(f"{server.url}/v1")
         assert ids(subject) == ["a", "b"]
         assert subject.remaining_credits() == 5
         assert [exchange.path for exchange in server.requests] == [
@@ -1000,7 +997,7 @@ def test_a_task_is_asked_for_with_its_id_quoted_and_both_credentials() -> None:
         json={"id": "a/..?b"},
         match=[responses.matchers.header_matcher(headers)],
     )
-    assert client("https://api.example").task("a/..?b") == Record(id="a/..?b")
+    assert one_task(client("https://api.example"), "a/..?b") == Record(id="a/..?b")
 
 
 @responses.activate

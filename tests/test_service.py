@@ -3,6 +3,7 @@
 import asyncio
 import functools
 import sqlite3
+import ssl
 import threading
 import time
 from collections import defaultdict
@@ -13,6 +14,7 @@ from typing import Any, ParamSpec
 
 import pytest
 import structlog
+import trustme
 from structlog.testing import capture_logs
 
 from creatify_exporter import service
@@ -843,6 +845,25 @@ async def test_a_workspace_that_goes_and_comes_back_keeps_its_counters(scene: Sc
     # What this process counted goes on, too: a counter that fell would look like a restart.
     requests = scrape.values("creatify_exporter_api_requests_total", "workspace", "endpoint", "code")
     assert requests["w", "text_generator", "200"] == 3
+
+
+@asynchronous
+async def test_a_renewed_authority_is_trusted_after_a_reload_and_one_that_stays_changes_nothing(
+    scene: Scene, tmp_path: Path
+) -> None:
+    path, authority, context = tmp_path / "ca.pem", trustme.CA(), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    scene.api.serve_tls(context)
+    trustme.CA().cert_pem.write_to_path(path)
+    exporter = scene.start(api=NO_BALANCE | {"ca_file": str(path)})
+    assert errors(await scene.scrape()) == {"connection": 1}
+    path.write_bytes("# Zürich\n".encode() + authority.cert_pem.bytes())
+    for _ in range(2):
+        exporter.configure(scene.config(api=NO_BALANCE | {"ca_file": str(path)}))
+    scrape = await scene.scrape()
+    assert (scrape.value(UP), errors(scrape)) == (1, {"connection": 1})
+    exporter.configure(scene.config(api=NO_BALANCE | {"ca_file": str(path)}))
+    assert exporter.views()[0].up
 
 
 @asynchronous
