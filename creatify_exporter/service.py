@@ -135,7 +135,7 @@ async def _finished(rounds: list[Round], timeout: float) -> None:
     loop = asyncio.get_running_loop()
     latest = loop.time() + timeout
     if rounds:
-        await asyncio.wait([one.done for one in rounds], timeout=timeout)
+        await asyncio.wait([one.listing for one in rounds], timeout=timeout)
     # A short listing is often done a moment before the balance; without this moment that would come and go.
-    if late := [one.balance_read for one in rounds if one.balance_read and one.done.done()]:
+    if late := [one.balance_read for one in rounds if one.balance_read and one.listing.done()]:
         await asyncio.wait(late, timeout=max(min(_BALANCE_MOMENT, latest - loop.time()), 0))

@@ -5,7 +5,8 @@ import math
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable
-from contextlib import suppress
+from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import TypeVar
 
 import structlog
@@ -80,18 +81,13 @@ class BackOff:
         return {endpoint: until for endpoint, (_, until) in self._until.items() if self.holds(endpoint)}
 
 
+@dataclass(eq=False)
 class Round:
-    """A listing under way, and the reading of the balance beside it; the futures belong to the event loop."""
+    """A listing under way, and the reading of the balance if one began beside it."""
 
-    def __init__(self, balance: float | None = None) -> None:
-        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.balance_read: asyncio.Future[None] | None = None
-        self.balance = balance
-
-    def end(self) -> None:
-        """Release those who wait."""
-        if not self.done.done():
-            self.done.set_result(None)
+    listing: asyncio.Task[None]
+    balance_read: asyncio.Task[None] | None = None
+    balance: float | None = None
 
 
 class Workspace:
@@ -107,10 +103,9 @@ class Workspace:
         self._back_off = BackOff(name, clock)
         self._newest: Attempt | None = None
         self._round: Round | None = None
-        self._retired = False
         self._last_success: float | None = None
         self._started = -math.inf
-        self._balance_running = False
+        self._balance_read: asyncio.Task[None] | None = None
         self._balance_up = False
         self._wrong: dict[str, bool] = {}
 
@@ -123,13 +118,16 @@ class Workspace:
         """Start a listing, or join the one under way; return None when there is nothing to wait for."""
         if self._retired:
             return None
-        if self._round and not self._round.done.done():
+        if self._round and not self._round.listing.done():
             return self._round
-        if self._may_list():
-            self._round = self._start()
+        held_back = self._back_off.holds(LIST)
+        if not held_back and self._clock.monotonic() >= self._started + self._config.listing.min_interval:
+            self._started = self._clock.monotonic()
+            self._round = Round(asyncio.create_task(self._list()), self._begin_to_read_balance())
             return self._round
         if self._book.due(policy(self._config, self._classify), self._clock.microseconds()):
-            self._round = self._show_what_is_due()
+            former = None if held_back else self._round
+            self._round = Round(asyncio.create_task(self._show_what_is_due()), None, former.balance if former else None)
             return self._round
         return None
 
@@ -162,10 +160,14 @@ class Workspace:
 
     def retire(self) -> None:
         """Break off what is running, release those who wait for it, and discard its result, for good."""
-        self._retired = True
-        if self._round:
-            self._round.end()
         self.client.given_up.set()
+        for task in (self._round and self._round.listing, self._balance_read):
+            if task:
+                task.cancel()
+
+    @property
+    def _retired(self) -> bool:
+        return self.client.given_up.is_set()
 
     @property
     def _up(self) -> bool:
@@ -175,70 +177,45 @@ class Workspace:
             return False
         return self._clock.monotonic() - newest.finished <= self._config.listing.max_age
 
-    def _may_list(self) -> bool:
-        waits = self._clock.monotonic() < self._started + self._config.listing.min_interval
-        return not waits and not self._back_off.holds(LIST)
-
     def _attempt(self) -> Attempt:
         return Attempt(
             self.client, self._book, self._config, self._classify, self._clock, still=lambda: not self._retired
         )
 
-    def _start(self) -> Round:
-        """Start a listing, and the reading of the balance beside it."""
-        current, self._started = Round(), self._clock.monotonic()
-        if self._config.api.remaining_credits and not self._balance_running and not self._back_off.holds(BALANCE):
-            self._start_balance(current)
-
-        def take(_: None) -> None:
-            if not self._retired:
-                self._take(attempt)
-            current.end()
-
+    async def _list(self) -> None:
         attempt, settles = self._attempt(), not self._back_off.holds(TASK)
-        self._in_thread(lambda: attempt.run(writes=self._writes, settles=settles), take)
-        return current
+        await self._in_thread(lambda: attempt.run(writes=self._writes, settles=settles))
+        self._take(attempt)
 
-    def _show_what_is_due(self) -> Round:
+    async def _show_what_is_due(self) -> None:
         """Have the ledger show the series whose time has come, although no listing may start."""
-        former = None if self._back_off.holds(LIST) else self._round
-        current = Round(former.balance if former else None)
         attempt = self._attempt()
+        await self._in_thread(attempt.record)
+        if attempt.ledger_error:
+            _log.debug("the ledger cannot show what is due", workspace=self.name, error=str(attempt.ledger_error))
 
-        def take(_: None) -> None:
-            if attempt.ledger_error:
-                _log.debug("the ledger cannot show what is due", workspace=self.name, error=str(attempt.ledger_error))
-            current.end()
+    def _begin_to_read_balance(self) -> asyncio.Task[None] | None:
+        running = self._balance_read and not self._balance_read.done()
+        if running or not self._config.api.remaining_credits or self._back_off.holds(BALANCE):
+            return None
+        self._balance_read = asyncio.create_task(self._read_balance())
+        return self._balance_read
 
-        self._in_thread(attempt.record, take)
-        return current
-
-    def _start_balance(self, current: Round) -> None:
-        self._balance_running = True
-        read = current.balance_read = asyncio.get_running_loop().create_future()
-
-        def take(balance: float | ApiError) -> None:
-            self._balance_running = False
-            read.set_result(None)
-            if self._retired:
-                return
-            self._balance_up, details = True, {}
-            if isinstance(balance, ApiError):
-                self._balance_up, details = False, {"cause": balance.cause, "error": str(balance)}
-                self._back_off.take(balance, [BALANCE])
-            else:
-                (self._round or current).balance = balance
-            self._tell(not self._balance_up, _log.warning, "balance not read", "balance read again", **details)
-
-        self._in_thread(self._read_balance, take)
-
-    def _read_balance(self) -> float | ApiError:
+    async def _read_balance(self) -> None:
+        error = None
         try:
-            return self.client.remaining_credits()
-        except ApiError as error:
-            return error
+            balance = await self._in_thread(self.client.remaining_credits)
+            if self._round:
+                self._round.balance = balance
+        except ApiError as failure:
+            error = failure
         except Exception as failure:  # noqa: BLE001 - as with the list
-            return ApiError("payload", f"the balance could not be read ({type(failure).__name__})")
+            error = ApiError("payload", f"the balance could not be read ({type(failure).__name__})")
+        if error:
+            self._back_off.take(error, [BALANCE])
+        self._balance_up = not error
+        details = {"cause": error.cause, "error": str(error)} if error else {}
+        self._tell(bool(error), _log.warning, "balance not read", "balance read again", **details)
 
     def _take(self, attempt: Attempt) -> None:
         """Make `attempt` the newest one, and count and log what changed."""
@@ -297,14 +274,17 @@ class Workspace:
             else:
                 _log.info(recovery, workspace=self.name)
 
-    def _in_thread(self, work: Callable[[], T], take: Callable[[T], None]) -> None:
-        """Run `work` in a thread of its own, and `take` its result in the event loop."""
-        loop = asyncio.get_running_loop()
+    def _in_thread(self, work: Callable[[], T]) -> asyncio.Future[T]:
+        """Run `work` in a thread of its own."""
+        done: Future[T] = Future()
+        done.set_running_or_notify_cancel()
 
         def run() -> None:
-            result = work()
-            with suppress(RuntimeError):  # the process stopped meanwhile
-                loop.call_soon_threadsafe(take, result)
+            try:
+                done.set_result(work())
+            except Exception as error:  # noqa: BLE001 - who waits for it deals with it
+                done.set_exception(error)
 
         # Not a pool: a thread that hangs must block neither the others nor the end of the process.
         threading.Thread(target=run, name=f"listing {self.name}", daemon=True).start()
+        return asyncio.wrap_future(done)
