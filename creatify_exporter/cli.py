@@ -19,6 +19,7 @@ from creatify_exporter.config import (
     Config,
     ConfigError,
     NoConfigurationError,
+    Tls,
     WebConfig,
     load,
     load_web,
@@ -111,11 +112,19 @@ async def _serve(
 ) -> None:
     service = Service(config, ledger)
     authentication = Authentication(web_config.users)
-    site = _Site(service, flags)
-    app = application(site, authentication, flags.web_scrape_timeout_offset)
+
+    async def replace_tls(tls: Tls | None) -> None:
+        await server.replace(tls)
+
+    reloader = Reloader(source, config, service, authentication, replace_tls)
+    app = application(
+        service,
+        authentication,
+        telemetry_path=flags.web_telemetry_path,
+        reload=reloader.reload if flags.web_enable_lifecycle else None,
+        timeout_offset=flags.web_scrape_timeout_offset,
+    )
     server = WebServer(app, flags.web_listen_address, web_config.tls)
-    reloader = Reloader(source, config, service, authentication, server.replace)
-    site.reload = reloader.reload
     stop, loop, running = asyncio.Event(), asyncio.get_running_loop(), set[asyncio.Task[Any]]()
 
     def start(work: Coroutine[Any, Any, Any]) -> None:
@@ -138,19 +147,6 @@ async def _serve(
     service.stop()
     await server.stop(_GRACE)
     _log.info("stopped")
-
-
-class _Site:
-    """What the endpoints serve."""
-
-    def __init__(self, service: Service, flags: argparse.Namespace) -> None:
-        self.scrape = service.scrape
-        self.ready = service.ready
-        self.views = service.views
-        self.exporter_view = service.exporter_view
-        self.telemetry_path: str = flags.web_telemetry_path
-        self.lifecycle: bool = flags.web_enable_lifecycle
-        self.reload: Any = None
 
 
 def _config_loader(flags: argparse.Namespace, simulated: SimulatedApi | None) -> Callable[[], Config]:

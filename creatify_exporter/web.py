@@ -7,8 +7,8 @@ import hashlib
 import math
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 from urllib.parse import parse_qs
 
@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from creatify_exporter.config import ConfigError
 from creatify_exporter.metrics import ExporterView, WorkspaceView
 from creatify_exporter.status import RENEWED_EVERY, STYLE, render_page
-from creatify_exporter.webauth import Authentication, RequireUser
+from creatify_exporter.webauth import Authentication
 
 OPENMETRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
 TEXT = "text/plain; version=0.0.4; charset=utf-8"
@@ -42,14 +42,12 @@ _SECURITY_HEADERS = {
     "Cache-Control": "no-store",
     "Server": "creatify-exporter",
 }
+_CHALLENGE = 'Basic realm="creatify-exporter", charset="UTF-8"'
 _log = structlog.get_logger(__name__)
 
 
 class Site(Protocol):
     """What the endpoints serve."""
-
-    telemetry_path: str
-    lifecycle: bool
 
     def views(self) -> Sequence[WorkspaceView]:
         """Return what is known of each workspace, in the order of the configuration; starts no listing."""
@@ -68,9 +66,6 @@ class Site(Protocol):
     def ready(self) -> bool:
         """Tell whether the ledger answered last time."""
 
-    async def reload(self) -> None:
-        """Read the configuration anew; raises ConfigError and keeps the former one when it is invalid."""
-
 
 def parse_telemetry_path(text: str) -> str:
     """Return the path at which metrics are served; raise ValueError when it is no plain path or another endpoint's."""
@@ -80,32 +75,38 @@ def parse_telemetry_path(text: str) -> str:
 
 
 def application(
-    site: Site, authentication: Authentication, timeout_offset: float = 0.5, now: Callable[[], float] = time.time
+    site: Site,
+    authentication: Authentication,
+    *,
+    telemetry_path: str = "/metrics",
+    reload: Callable[[], Awaitable[None]] | None = None,
+    timeout_offset: float = 0.5,
+    now: Callable[[], float] = time.time,
 ) -> ASGIApp:
     """Return the endpoints of `site` as an ASGI application that answers every request and never raises.
 
+    `reload`, if that is allowed, reads the configuration anew, or raises ConfigError and keeps the former one.
     `timeout_offset` is what an answer has to leave before Prometheus' own scrape timeout, in seconds; `now` tells the
     time in epoch seconds.
     """
-    endpoints = _Endpoints(site, timeout_offset, now)
+    endpoints = _Endpoints(site, telemetry_path, reload, timeout_offset, now)
     routes = [
+        Route(telemetry_path, endpoints.metrics),
+        Route("/", endpoints.status),
         Route(_HEALTHY, endpoints.healthy),
         Route(_READY, endpoints.ready),
         Route(_RELOAD, endpoints.reload, methods=["POST"]),
         Route(_DISCOVERY, endpoints.discovery),
     ]
-    path = site.telemetry_path
-    routes.append(Route(path, endpoints.metrics))
-    if path != "/":
-        routes.append(Route("/", endpoints.status))
-    return _Shell(RequireUser(Router(routes, redirect_slashes=False), authentication))
+    return _Shell(Router(routes, redirect_slashes=False), authentication)
 
 
 class _Shell:
-    """Add the security headers to every answer, and turn an exception into a 500 that tells nothing."""
+    """Let users pass, add the security headers to every answer, and turn an exception into a 500 that tells nothing."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, authentication: Authentication) -> None:
         self._app = app
+        self._authentication = authentication
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = False
@@ -120,60 +121,56 @@ class _Shell:
             await send(message)
 
         try:
-            await self._app(scope, receive, send_shelled)
+            app = self._app
+            if not await self._authentication.allows(Headers(scope=scope).get("authorization", "")):
+                app = PlainTextResponse("Unauthorized\n", 401, {"WWW-Authenticate": _CHALLENGE})
+            await app(scope, receive, send_shelled)
         except Exception as error:  # noqa: BLE001 - the last resort: whatever failed, its text may hold anything
             _log.error("request failed", error=type(error).__name__)
             if not started:
                 await PlainTextResponse("internal error\n", 500)(scope, receive, send_shelled)
 
 
+@dataclass
 class _Endpoints:
-    def __init__(self, site: Site, timeout_offset: float, now: Callable[[], float]) -> None:
-        self._site = site
-        self._now = now
-        self._timeout_offset = timeout_offset
-        self._compressor = ThreadPoolExecutor(1, thread_name_prefix="gzip")
-        self._compressing: tuple[bytes, asyncio.Future[bytes] | None] = (b"", None)
+    site: Site
+    telemetry_path: str
+    do_reload: Callable[[], Awaitable[None]] | None
+    timeout_offset: float
+    now: Callable[[], float]
 
     async def metrics(self, request: Request) -> Response:
         query = parse_qs(request.scope["query_string"].decode("utf-8", "replace"), keep_blank_values=True)
         names = frozenset(query["workspace"]) if "workspace" in query else None
-        if names and not names <= {workspace.name for workspace in self._site.views()}:
+        if names and not names <= {workspace.name for workspace in self.site.views()}:
             return PlainTextResponse("unknown workspace\n", 404)
         openmetrics = prefers_openmetrics(",".join(request.headers.getlist("accept")))
-        timeout = scrape_timeout(request.headers.get("x-prometheus-scrape-timeout-seconds"), self._timeout_offset)
-        body = await self._site.scrape(names, timeout, openmetrics, seen=request.method != "HEAD")
+        timeout = scrape_timeout(request.headers.get("x-prometheus-scrape-timeout-seconds"), self.timeout_offset)
+        body = await self.site.scrape(names, timeout, openmetrics, seen=request.method != "HEAD")
         headers = {"Content-Type": OPENMETRICS if openmetrics else TEXT, "Vary": "Accept, Accept-Encoding"}
         if allows_gzip(",".join(request.headers.getlist("accept-encoding"))):
             headers["Content-Encoding"] = "gzip"
-            body = await self._compressed(body)
+            body = await asyncio.to_thread(gzip.compress, body, 6, mtime=0)
         return Response(body, headers=headers)
-
-    async def _compressed(self, body: bytes) -> bytes:
-        former, compressing = self._compressing
-        if compressing is None or former is not body:  # the answers of one listing are one object
-            compressing = asyncio.get_running_loop().run_in_executor(self._compressor, _gzip, body)
-            self._compressing = body, compressing
-        return await asyncio.shield(compressing)
 
     async def healthy(self, _request: Request) -> Response:
         return PlainTextResponse("healthy\n")
 
     async def ready(self, _request: Request) -> Response:
-        return PlainTextResponse("ready\n") if self._site.ready() else PlainTextResponse("not ready\n", 503)
+        return PlainTextResponse("ready\n") if self.site.ready() else PlainTextResponse("not ready\n", 503)
 
     async def reload(self, _request: Request) -> Response:
-        if not self._site.lifecycle:
+        if not self.do_reload:
             return PlainTextResponse("reloading over HTTP needs --web.enable-lifecycle\n", 403)
         try:
-            await self._site.reload()
+            await self.do_reload()
         except ConfigError as error:
             return PlainTextResponse(f"{error}\n", 500)
         return PlainTextResponse("reloaded\n")
 
     async def discovery(self, request: Request) -> Response:
         host = target_host(request.headers, request.scope.get("server"))
-        labels = {} if self._site.telemetry_path == "/metrics" else {"__metrics_path__": self._site.telemetry_path}
+        labels = {} if self.telemetry_path == "/metrics" else {"__metrics_path__": self.telemetry_path}
         if request.scope["scheme"] == "https":
             labels["__scheme__"] = "https"
         return JSONResponse(
@@ -182,14 +179,14 @@ class _Endpoints:
                     "targets": [host],
                     "labels": {"__param_workspace": one.name, "instance": f"{host}/{one.name}"} | labels,
                 }
-                for one in self._site.views()
+                for one in self.site.views()
             ]
         )
 
     async def status(self, request: Request) -> Response:
         paused = request.scope["query_string"] == b"pause"
-        views, exporter, metrics = self._site.views(), self._site.exporter_view(), self._site.telemetry_path.lstrip("/")
-        page = await asyncio.to_thread(render_page, views, exporter, metrics=metrics, now=self._now(), paused=paused)
+        views, exporter, metrics = self.site.views(), self.site.exporter_view(), self.telemetry_path.lstrip("/")
+        page = await asyncio.to_thread(render_page, views, exporter, metrics=metrics, now=self.now(), paused=paused)
         return HTMLResponse(page, headers={} if paused else {"Refresh": str(RENEWED_EVERY)})
 
 
@@ -235,10 +232,6 @@ def _weight(parameters: Iterable[str]) -> float:
         if name.strip() == "q":
             return float(value) if re.fullmatch(r"\s*(0(\.[0-9]*)?|1(\.0*)?)", value) else 0.0
     return 1.0
-
-
-def _gzip(body: bytes) -> bytes:
-    return gzip.compress(body, compresslevel=6, mtime=0)
 
 
 def target_host(headers: Headers, server: tuple[str, str | int] | None) -> str:

@@ -1,18 +1,10 @@
-"""Basic authentication with bcrypt, as the exporter toolkit of Prometheus does it, in front of every endpoint."""
+"""Basic authentication with bcrypt, as the exporter toolkit of Prometheus does it."""
 
 import asyncio
 import base64
-import binascii
-import hashlib
 import hmac
 import secrets
-from collections import OrderedDict
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
-
-from starlette.datastructures import Headers
-from starlette.responses import PlainTextResponse
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 _REMEMBERED_FAILURES = 1024
 _PASSWORD_BYTES = 72  # what bcrypt looks at; the library refuses longer ones instead of cutting them off
@@ -21,18 +13,15 @@ _PASSWORD_BYTES = 72  # what bcrypt looks at; the library refuses longer ones in
 class Authentication:
     """Let requests pass that carry the name and password of a user; with no users, all of them.
 
-    An unknown user and a wrong password cost the same work, that of a check against the dearest hash. Results are
+    An unknown user and a wrong password cost the same work, that of a check against the dearest hash. Checks are
     remembered under a keyed digest, so neither a scrape every few seconds nor a client that retries pays bcrypt again.
-    One check runs at a time: guessing takes one core at most, and requests with a known result never wait behind it.
+    One runs at a time: guessing takes one core at most, and requests with a known result never wait behind it.
     """
 
     def __init__(self, users: Mapping[str, str]) -> None:
         self._key = secrets.token_bytes(32)
-        self._passed: dict[bytes, tuple[bytes, bytes]] = {}
-        self._failed: OrderedDict[bytes, None] = OrderedDict()
-        self._running: dict[bytes, asyncio.Task[bool]] = {}
-        self._gate = asyncio.Semaphore(1)
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="bcrypt")
+        self._checks: dict[bytes, asyncio.Task[bool]] = {}  # those asked for last are last
+        self._gate = asyncio.Lock()
         self.replace(users)
 
     def replace(self, users: Mapping[str, str]) -> None:
@@ -42,7 +31,6 @@ class Authentication:
         """
         self._users = {name.encode(): stored.encode() for name, stored in users.items()}
         self._cost = max(map(_cost, self._users.values()), default=10)
-        self._passed = {key: user for key, user in self._passed.items() if user in self._users.items()}
 
     async def allows(self, authorization: str) -> bool:
         """Tell whether the value of an `Authorization` header names a user and its password."""
@@ -51,42 +39,26 @@ class Authentication:
         scheme, _, encoded = authorization.partition(" ")
         try:
             user, separator, password = base64.b64decode(encoded.strip(), validate=True).partition(b":")
-        except (binascii.Error, ValueError):
+        except ValueError:
             return False
         if scheme.lower() != "basic" or not separator:
             return False
         password = password[:_PASSWORD_BYTES]
         stored = self._users.get(user, _dummy(self._cost))
-        key = self._digest(user, stored, password)
-        if key in self._passed:
-            return True
-        if key in self._failed:
-            self._failed.move_to_end(key)
-            return False
-        if (task := self._running.get(key)) is None:
-            task = self._running[key] = asyncio.create_task(self._check(key, user, stored, password))
-        return await asyncio.shield(task)
+        # Neither a hash nor a name has a colon.
+        key = hmac.digest(self._key, b":".join((stored, user, password)), "sha256")
+        check = self._checks.pop(key, None)
+        if check is None:
+            failed = [key for key, check in self._checks.items() if check.done() and not check.result()]
+            for forgotten in failed[: 1 - _REMEMBERED_FAILURES]:
+                del self._checks[forgotten]
+            check = asyncio.create_task(self._check(password, stored))
+        self._checks[key] = check
+        return await asyncio.shield(check) and self._users.get(user) == stored
 
-    def _digest(self, *parts: bytes) -> bytes:
-        digest = hmac.new(self._key, digestmod=hashlib.sha256)
-        for part in parts:
-            digest.update(len(part).to_bytes(8, "big") + part)
-        return digest.digest()
-
-    async def _check(self, key: bytes, user: bytes, stored: bytes, password: bytes) -> bool:
-        try:
-            async with self._gate:
-                loop = asyncio.get_running_loop()
-                matches = await loop.run_in_executor(self._executor, _matches, password, stored, self._cost)
-        finally:
-            del self._running[key]
-        if passed := matches and self._users.get(user) == stored:
-            self._passed[key] = user, stored
-        else:
-            self._failed[key] = None
-            if len(self._failed) > _REMEMBERED_FAILURES:
-                self._failed.popitem(last=False)
-        return passed
+    async def _check(self, password: bytes, stored: bytes) -> bool:
+        async with self._gate:
+            return await asyncio.to_thread(_matches, password, stored, self._cost)
 
 
 def _cost(stored: bytes) -> int:
@@ -115,18 +87,3 @@ def _is_of(password: bytes, stored: bytes) -> bool:
         return bcrypt.checkpw(password, stored)
     except ValueError:
         return False
-
-
-class RequireUser:
-    """Answer 401 to requests that `authentication` does not let pass, before anything else looks at them."""
-
-    def __init__(self, app: ASGIApp, authentication: Authentication) -> None:
-        self._app = app
-        self._authentication = authentication
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on, or refuse it."""
-        if await self._authentication.allows(Headers(scope=scope).get("authorization", "")):
-            return await self._app(scope, receive, send)
-        challenge = {"WWW-Authenticate": 'Basic realm="creatify-exporter", charset="UTF-8"'}
-        return await PlainTextResponse("Unauthorized\n", 401, challenge)(scope, receive, send)

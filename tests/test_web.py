@@ -11,7 +11,6 @@ import structlog
 from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
-from starlette.types import ASGIApp
 
 from creatify_exporter.config import ConfigError
 from creatify_exporter.metrics import WorkspaceView
@@ -19,14 +18,12 @@ from creatify_exporter.web import (
     OPENMETRICS,
     TEXT,
     allows_gzip,
-    application,
     parse_telemetry_path,
     prefers_openmetrics,
     scrape_timeout,
 )
-from creatify_exporter.webauth import Authentication
 from tests.support.asgi import ask_once, header
-from tests.support.webhost import FakeSite
+from tests.support.webhost import FakeSite, app_of
 
 PROMETHEUS_2_42 = (
     "application/openmetrics-text;version=1.0.0,application/openmetrics-text;version=0.0.1;q=0.75,"
@@ -42,10 +39,6 @@ PROMETHEUS_3_PROTOBUF = (
 )
 PROMETHEUS_3_CLASSIC = "text/plain;version=0.0.4;q=0.6,application/openmetrics-text;version=1.0.0;q=0.5,*/*;q=0.2"
 BROWSER = "text/html,application/xhtml+xml,application/xml;q=0.9,image/avif,image/webp,*/*;q=0.8"
-
-
-def app_of(site: FakeSite) -> ASGIApp:
-    return application(site, Authentication({}))
 
 
 class TestRoutes:
@@ -232,7 +225,7 @@ class TestMetrics:
 
     def test_the_scrape_is_told_its_time(self) -> None:
         site = FakeSite()
-        ask_once(application(site, Authentication({}), 2), "/metrics", ("X-Prometheus-Scrape-Timeout-Seconds", "12"))
+        ask_once(app_of(site, timeout_offset=2), "/metrics", ("X-Prometheus-Scrape-Timeout-Seconds", "12"))
         assert site.scrapes == [(None, 10.0, False)]
 
     def test_an_unexpected_error_tells_nothing(self) -> None:

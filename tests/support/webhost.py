@@ -69,10 +69,21 @@ class FakeSite:
             raise self.failure
 
 
+def app_of(site: FakeSite, authentication: Authentication | None = None, **options: Any) -> ASGIApp:
+    """Return the endpoints of a site, by default for everybody."""
+    return application(
+        site,
+        authentication or Authentication({}),
+        telemetry_path=site.telemetry_path,
+        reload=site.reload if site.lifecycle else None,
+        **options,
+    )
+
+
 def _every_state() -> ASGIApp:
     """Return the endpoints below `/STATE/` for each state of the status page."""
     apps = {
-        state: application(FakeSite(workspaces=views, exporter=exporter), Authentication({}), now=lambda: statuses.NOW)
+        state: app_of(FakeSite(workspaces=views, exporter=exporter), now=lambda: statuses.NOW)
         for state, (views, exporter) in statuses.STATES.items()
     }
 
@@ -90,7 +101,7 @@ async def _host(settings: Mapping[str, Any]) -> None:
     )
     tls = settings.get("tls")
     server = WebServer(
-        _every_state() if settings.get("states") else application(site, Authentication(settings.get("users", {}))),
+        _every_state() if settings.get("states") else app_of(site, Authentication(settings.get("users", {}))),
         parse_listen_address(settings.get("listen", "127.0.0.1:0")),
         Tls(**tls) if tls else None,
         **settings.get("limits", {}),
