@@ -9,6 +9,7 @@ import platform
 import signal
 import sys
 from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,14 @@ from creatify_exporter.config import (
     Config,
     ConfigError,
     NoConfigurationError,
-    Tls,
     WebConfig,
     load,
-    load_web,
     parse_duration,
 )
 from creatify_exporter.database import LedgerError, LedgerMissingError, LedgerUnusableError
-from creatify_exporter.demo import CREDENTIALS, SimulatedApi, demo, spike_times
+from creatify_exporter.demo import CREDENTIALS, demo, spike_times
 from creatify_exporter.ledger import Ledger
-from creatify_exporter.reload import Configuration, Reloader, Source
+from creatify_exporter.reload import Reloader, Source
 from creatify_exporter.server import WebServer, parse_listen_address
 from creatify_exporter.service import Service
 from creatify_exporter.web import application, parse_telemetry_path
@@ -50,9 +49,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--once and --reasons are two different tasks: give one of them")
     _set_up_logging(flags.log_level, flags.log_format)
     with contextlib.ExitStack() as stack:
-        simulated = stack.enter_context(demo()) if flags.demo else None
+        load_config = partial(load, flags.config_file, os.environ)
+        if flags.demo:
+            load_config = partial(_demo_config, stack.enter_context(demo()).url)
         try:
-            return _run(flags, _config_loader(flags, simulated), stack)
+            return _run(flags, Source(load_config, flags.web_config_file), stack)
         except NoConfigurationError as error:
             parser.error(f"{error}\nuse --config.file, CREATIFY_API_ID and CREATIFY_API_KEY, or --demo")
         except ConfigError as error:
@@ -63,11 +64,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _run(flags: argparse.Namespace, load_config: Callable[[], Config], stack: contextlib.ExitStack) -> int:
+def _run(flags: argparse.Namespace, source: Source, stack: contextlib.ExitStack) -> int:
     if flags.config_check:
-        return _check(flags, load_config)
-    source = Source(lambda former: _load_both(flags, load_config, former))
-    config, web_config, _ = source.read()
+        return _check(flags, source)
+    config, web_config = source.read()
     if flags.reasons:
         report, complete = once.reasons(config)
         print(report, end="")
@@ -90,10 +90,10 @@ def _run(flags: argparse.Namespace, load_config: Callable[[], Config], stack: co
     return 0
 
 
-def _check(flags: argparse.Namespace, load_config: Callable[[], Config]) -> int:
+def _check(flags: argparse.Namespace, source: Source) -> int:
     """Print every error of both configurations, and what a start would say of the ledger."""
     try:
-        config = _load_both(flags, load_config).main
+        config, _ = source.read()
         with contextlib.closing(Ledger(_ledger_url(flags, config))) as ledger:
             ledger.check()
     except NoConfigurationError:
@@ -110,13 +110,8 @@ def _check(flags: argparse.Namespace, load_config: Callable[[], Config]) -> int:
 async def _serve(
     flags: argparse.Namespace, source: Source, config: Config, web_config: WebConfig, ledger: Ledger
 ) -> None:
-    service = Service(config, ledger)
-    authentication = Authentication(web_config.users)
-
-    async def replace_tls(tls: Tls | None) -> None:
-        await server.replace(tls)
-
-    reloader = Reloader(source, config, service, authentication, replace_tls)
+    service, authentication = Service(config, ledger), Authentication(web_config.users)
+    reloader = Reloader(source, config, service, authentication)
     app = application(
         service,
         authentication,
@@ -124,7 +119,7 @@ async def _serve(
         reload=reloader.reload if flags.web_enable_lifecycle else None,
         timeout_offset=flags.web_scrape_timeout_offset,
     )
-    server = WebServer(app, flags.web_listen_address, web_config.tls)
+    reloader.server = server = WebServer(app, flags.web_listen_address, web_config.tls)
     stop, loop, running = asyncio.Event(), asyncio.get_running_loop(), set[asyncio.Task[Any]]()
 
     def start(work: Coroutine[Any, Any, Any]) -> None:
@@ -149,14 +144,12 @@ async def _serve(
     _log.info("stopped")
 
 
-def _config_loader(flags: argparse.Namespace, simulated: SimulatedApi | None) -> Callable[[], Config]:
-    if simulated is None:
-        return lambda: load(flags.config_file, os.environ)
+def _demo_config(url: str) -> Config:
     api_id, api_key = CREDENTIALS
-    return lambda: Config.model_validate(
+    return Config.model_validate(
         {
             "workspaces": [{"name": "demo", "api_id": api_id, "api_key": api_key}],
-            "api": {"base_url": simulated.url},
+            "api": {"base_url": url},
             "exposition": {"zero_hold": "0s"},
         }
     )
@@ -164,35 +157,6 @@ def _config_loader(flags: argparse.Namespace, simulated: SimulatedApi | None) ->
 
 def _ledger_url(flags: argparse.Namespace, config: Config) -> str:
     return "sqlite://" if flags.demo else config.ledger.url.get_secret_value()
-
-
-def _load_both(
-    flags: argparse.Namespace, load_config: Callable[[], Config], former: Config | None = None
-) -> Configuration:
-    """Return both configurations, a new one beside the `former` in force; raise ConfigError with all errors of both."""
-    errors: list[tuple[str, str]] = []
-    files = frozenset[Path]()
-    config, web_config = former, WebConfig.model_validate({})
-    try:
-        config = load_config()
-        files |= config.files
-        if former and config.ledger.url != former.ledger.url:
-            errors.append(("ledger.url", "cannot change while the exporter runs; restart it"))
-    except NoConfigurationError:
-        raise
-    except ConfigError as error:
-        errors += error.errors
-        files |= error.files
-    try:
-        if flags.web_config_file:
-            web_config = load_web(flags.web_config_file)
-            files |= web_config.files
-    except ConfigError as error:
-        errors += error.errors
-        files |= error.files
-    if errors or config is None:
-        raise ConfigError(errors, files)
-    return Configuration(config, web_config, files)
 
 
 def _set_up_logging(level: str, log_format: str) -> None:

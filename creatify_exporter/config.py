@@ -269,6 +269,12 @@ class Tls(Section):
     """Whether clients must show a certificate; if so, `client_ca_file` is needed."""
     min_version: Literal["TLS12", "TLS13"] = "TLS12"
     """Oldest version of TLS that is spoken."""
+    _contents: tuple[bytes, ...] = ()
+
+    def model_post_init(self, _context: object) -> None:
+        """Keep what is in the files: renewed ones make other settings of it."""
+        files = filter(None, (self.cert_file, self.key_file, self.client_ca_file))
+        self._contents = tuple(Reader().read(str(file))[1] for file in files)
 
     @property
     def client_auth(self) -> bool:

@@ -49,12 +49,12 @@ class ConfigError(Exception):
     """Tell everything that is wrong with a configuration.
 
     `errors` holds pairs of a dotted path, like `workspaces[0].api_id`, and a message, in no particular order; `files`
-    are the files that were looked at, missing ones too, by the names that the configuration gives them.
+    is what was in the files that were looked at, None for missing ones, by the names that the configuration gives them.
     """
 
-    def __init__(self, errors: Iterable[tuple[str, str]], files: Iterable[Path] = ()) -> None:
+    def __init__(self, errors: Iterable[tuple[str, str]], files: Mapping[Path, bytes | None] | None = None) -> None:
         self.errors = tuple(errors)
-        self.files = frozenset(files)
+        self.files = files or {}
         super().__init__("\n".join(f"{path}: {message}" for path, message in self.errors))
 
 
@@ -71,20 +71,20 @@ class _SecretFile(str):
 
 
 class Reader:
-    """Read the files that a configuration names, relative to `directory`, and keep their names."""
+    """Read the files that a configuration names, relative to `directory`, and keep what was in them."""
 
     def __init__(self, directory: Path = Path(), environ: Mapping[str, str] | None = None) -> None:
         self.directory, self.environ = directory, environ
-        self.files: set[Path] = set()
+        self.files: dict[Path, bytes | None] = {}
         self.names: set[str] = set()  # of workspaces, which must differ
 
     def read(self, name: str) -> tuple[Path, bytes]:
         """Return path and content of a file; raise ValueError."""
         path = self.directory / name
-        self.files.add(path)
+        self.files[path] = None
         try:
             with path.open("rb") as file:
-                data = file.read(MAX_FILE_SIZE + 1)
+                data = self.files[path] = file.read(MAX_FILE_SIZE + 1)
         except OSError as error:
             raise ValueError(f"the file cannot be read: {error.strerror}") from None
         except ValueError:  # NUL, or a character that no name can have
@@ -147,11 +147,11 @@ class Section(BaseModel):
 class Document(Section):
     """The mapping that a whole file holds."""
 
-    _files: frozenset[Path] = frozenset()
+    _files: Mapping[Path, bytes | None] = {}
 
     @property
-    def files(self) -> frozenset[Path]:
-        """Return the files that it was read from, by the names that the configuration gives them."""
+    def files(self) -> Mapping[Path, bytes | None]:
+        """Return what was in the files that it was read from, by the names that the configuration gives them."""
         return self._files
 
 
@@ -189,7 +189,7 @@ def validated(model: type[_Document], tree: object, source: Reader, name: str) -
         details = error.errors(include_url=False, include_input=False)
         errors = [_explained(model, tree, one["type"], one["loc"], one.get("ctx", {})) for one in details]
         raise ConfigError(((_dotted(at) or name, message) for at, message in errors), source.files) from None
-    valid._files = frozenset(source.files)
+    valid._files = source.files
     return valid
 
 

@@ -1,108 +1,88 @@
 """Reload: both configurations, put in force together or not at all; by request, or because a file changed."""
 
 import asyncio
-import hashlib
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import TypeVar
 
 import structlog
 
-from creatify_exporter.config import Config, ConfigError, Tls, WebConfig
+from creatify_exporter.config import Config, ConfigError, NoConfigurationError, WebConfig, load_web
+from creatify_exporter.configfile import Reader
+from creatify_exporter.server import WebServer
 from creatify_exporter.service import Service
 from creatify_exporter.webauth import Authentication
 
-_TRIES = 5
+T = TypeVar("T")
 
 _log = structlog.get_logger(__name__)
 
 
-class Configuration(NamedTuple):
-    """Both configurations, and the files that they come from."""
-
-    main: Config
-    web: WebConfig
-    files: frozenset[Path]
-
-
 class Source:
-    """Where the configuration comes from.
+    """Where the configuration comes from: what `load` reads, and the file of the web configuration if there is one."""
 
-    `load` reads both, beside the one in force if there is one, or raises ConfigError with all errors of both.
-    """
-
-    def __init__(self, load: Callable[[Config | None], Configuration]) -> None:
+    def __init__(self, load: Callable[[], Config], web_file: Path | None) -> None:
         self._load = load
-        self._content: dict[Path, bytes | None] = {}
+        self._web_file = web_file
+        self._files: Mapping[Path, bytes | None] = {}
 
-    def read(self, former: Config | None = None) -> Configuration:
-        """Load, and remember the content of the files; raise ConfigError."""
-        # Once more while a file changes meanwhile: what is remembered is what was loaded.
-        for _ in range(_TRIES):
-            before = self._content
-            error = None
-            try:
-                loaded = self._load(former)
-                files = loaded.files
-            except ConfigError as refused:
-                error, files = refused, refused.files
-            self._content = _content(files)
-            if self._content == before:
-                break
-        if error:
-            raise error
-        return loaded
+    def read(self, former: Config | None = None) -> tuple[Config, WebConfig]:
+        """Load both, in place of the `former` one if there is one; raise ConfigError with all errors of both."""
+        config = _result(self._load)
+        web = _result(lambda: load_web(self._web_file) if self._web_file else WebConfig())
+        self._files = {**config.files, **web.files}
+        errors = [error for one in (config, web) if isinstance(one, ConfigError) for error in one.errors]
+        if former and isinstance(config, Config) and config.ledger.url != former.ledger.url:
+            errors.append(("ledger.url", "cannot change while the exporter runs; restart it"))
+        if errors or isinstance(config, ConfigError) or isinstance(web, ConfigError):
+            raise ConfigError(errors)
+        return config, web
 
     def changed(self) -> bool:
         """Tell whether the content of a file is another one than at the last `read`, which may have failed."""
-        return _content(self._content) != self._content
+        now = Reader()
+        for path in self._files:
+            with suppress(ValueError):
+                now.read(str(path))
+        return now.files != self._files
 
 
-def _content(files: Iterable[Path]) -> dict[Path, bytes | None]:
-    """Return a digest of each file's content, None where it cannot be read."""
-    found: dict[Path, bytes | None] = {}
-    for path in files:
-        try:
-            found[path] = hashlib.sha256(path.read_bytes()).digest()
-        except OSError:
-            found[path] = None
-    return found
+def _result(load: Callable[[], T]) -> T | ConfigError:
+    try:
+        return load()
+    except NoConfigurationError:
+        raise
+    except ConfigError as error:
+        return error
 
 
+@dataclass
 class Reloader:
-    """Put new configurations in force; `config` is the one at the start.
+    """Put new configurations in force, in `server` too, once there is one; `config` is the one at the start."""
 
-    `replace_tls` has the server use other TLS settings, and raises ConfigError when they cannot be used.
-    """
+    source: Source
+    config: Config
+    service: Service
+    authentication: Authentication
+    server: WebServer = field(init=False)
 
-    def __init__(
-        self,
-        source: Source,
-        config: Config,
-        service: Service,
-        authentication: Authentication,
-        replace_tls: Callable[[Tls | None], Awaitable[None]],
-    ) -> None:
-        self._source = source
-        self._config = config
-        self._service = service
-        self._authentication = authentication
-        self._replace_tls = replace_tls
+    def __post_init__(self) -> None:
         self._lock = asyncio.Lock()
 
     async def reload(self) -> None:
         """Read both configurations and put them in force; raise ConfigError and keep the old ones on any error."""
         async with self._lock:
             try:
-                configuration = await asyncio.to_thread(self._source.read, self._config)
-                await self._replace_tls(configuration.web.tls)
+                config, web = await asyncio.to_thread(self.source.read, self.config)
+                await self.server.replace(web.tls)
             except ConfigError as error:
-                self._service.reload_failed()
+                self.service.reload_failed()
                 _log.error("reload refused", errors=str(error))
                 raise
-            self._authentication.replace(configuration.web.users)
-            self._service.configure(configuration.main)
+            self.authentication.replace(web.users)
+            self.service.configure(config)
             _log.info("reloaded")
 
     async def reload_on_signal(self) -> None:
@@ -118,5 +98,5 @@ class Reloader:
         """
         while True:
             await asyncio.sleep(interval)
-            if await asyncio.to_thread(self._source.changed):
+            if await asyncio.to_thread(self.source.changed):
                 await self.reload_on_signal()

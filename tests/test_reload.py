@@ -11,10 +11,12 @@ import structlog
 import yaml
 from structlog.testing import capture_logs
 
-from creatify_exporter.config import Config, ConfigError, Tls, load, load_web
+from creatify_exporter.config import Config, ConfigError, load
 from creatify_exporter.ledger import Ledger
-from creatify_exporter.reload import Configuration, Reloader, Source
+from creatify_exporter.reload import Reloader, Source
+from creatify_exporter.server import WebServer
 from creatify_exporter.service import Service
+from creatify_exporter.web import application
 from creatify_exporter.webauth import Authentication
 
 HASH = "$2b$04$" + "a" * 53
@@ -30,30 +32,21 @@ class Rig:
         self.write()
         self.web.write_text(yaml.safe_dump({"basic_auth_users": {"one": HASH}}))
         self.loads = 0
-        self.source = Source(self.load)
+        self.source = Source(self.load, self.web)
         self.ledger = Ledger("sqlite://")
-        first = self.source.read()
-        self.service = Service(first.main, self.ledger)
-        self.reloader = Reloader(
-            self.source, first.main, self.service, Authentication(first.web.users), self.replace_tls
-        )
-
-    async def replace_tls(self, tls: Tls | None) -> None:
-        assert tls is None
+        config, web = self.source.read()
+        authentication = Authentication(web.users)
+        self.service = Service(config, self.ledger)
+        self.reloader = Reloader(self.source, config, self.service, authentication)
+        self.reloader.server = WebServer(application(self.service, authentication), ("", 0))
 
     def write(self, **sections: Any) -> None:
         workspaces = [{"name": "w", "api_id": "id", "api_key_file": "key"}]
         self.config.write_text(yaml.safe_dump({"workspaces": workspaces, **sections}))
 
-    def load(self, former: Config | None) -> Configuration:
+    def load(self) -> Config:
         self.loads += 1
-        errors, files = list[tuple[str, str]](), frozenset[Path]()
-        try:
-            config, web = load(self.config, {}), load_web(self.web)
-        except ConfigError as error:
-            raise ConfigError([*errors, *error.errors], error.files | {self.config, self.web}) from None
-        files = config.files | web.files
-        return Configuration(config, web, files)
+        return load(self.config, {})
 
 
 @pytest.fixture
@@ -113,18 +106,19 @@ def test_a_file_that_is_written_anew_with_the_same_content_is_no_change(rig: Rig
 
 
 def test_a_file_that_changes_while_it_is_loaded_is_loaded_again(rig: Rig) -> None:
-    late = ["key-2", "key-3"]
-    former = rig.load
+    late = ["key-3", "key-2"]
 
-    def racing(config: Config | None) -> Configuration:
-        loaded = former(config)
+    def racing() -> Config:
+        loaded = rig.load()
         if late:
             rig.key.write_text(late.pop())
         return loaded
 
-    source = Source(racing)
-    assert source.read().main.workspaces[0].api_key.get_secret_value() == "key-2"
-    assert not source.changed()
+    source, keys = Source(racing, rig.web), []
+    for _ in range(3):
+        keys.append(source.read()[0].workspaces[0].api_key.get_secret_value())
+        assert source.changed() == (len(keys) < 3)
+    assert keys == ["key-1", "key-2", "key-3"]
 
 
 def watched(rig: Rig, *steps: Callable[[], object]) -> list[dict[str, Any]]:
