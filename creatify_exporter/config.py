@@ -17,7 +17,6 @@ from creatify_exporter.configfile import (
     Document,
     Reader,
     Section,
-    SiblingError,
     keys,
     read,
     reader,
@@ -150,6 +149,8 @@ class Workspace(Section):
 class Api(Section):
     """How the Creatify API is asked."""
 
+    allow_http: bool = False
+    """Whether `base_url` may be `http://` to another host than loopback: credentials then travel in the clear."""
     base_url: Annotated[BaseUrl, AfterValidator(lambda url: url.rstrip("/"))] = "https://api.creatify.ai"
     """Where the API is; the paths of its endpoints are added."""
     timeout: Annotated[Duration, Field(gt=0, le=86_400)] = 60.0
@@ -158,36 +159,38 @@ class Api(Section):
     """Largest listing that is read, after decompression, all pages together."""
     remaining_credits: bool = True
     """Whether to read the balance of each workspace."""
-    allow_http: bool = False
-    """Whether `base_url` may be `http://` to another host than loopback: credentials then travel in the clear."""
     ca_file: Certificates = None
     """PEM bundle of certificate authorities that are trusted besides the system's."""
 
-    @field_validator("allow_http")
+    @field_validator("base_url")
     @classmethod
-    def _keeps_credentials_secret(cls, allow_http: bool, info: ValidationInfo) -> bool:
-        url = urlsplit(info.data.get("base_url", ""))
-        if url.scheme == "http" and not allow_http and not LOOPBACK.fullmatch(url.hostname or ""):
-            raise SiblingError("base_url", "must be https://, unless api.allow_http is true")
-        return allow_http
+    def _keeps_credentials_secret(cls, base_url: str, info: ValidationInfo) -> str:
+        url = urlsplit(base_url)
+        if (
+            url.scheme == "http"
+            and not info.data.get("allow_http", True)
+            and not LOOPBACK.fullmatch(url.hostname or "")
+        ):
+            raise ValueError("must be https://, unless api.allow_http is true")
+        return base_url
 
 
 class Listing(Section):
     """When the list is read, and how long a listing is good for."""
 
+    max_age: Annotated[Duration, Field(gt=0)] = 300.0
+    """Age at which a listing is too old, so that `creatify_up` turns 0."""
     min_interval: Duration = 0.0
     """Least time between the starts of two listings of a workspace; not above `max_age`."""
     settle: Annotated[int, Field(ge=0)] = 10
     """How many tasks that left the list unfinished are asked for by id after a listing; 0: none."""
-    max_age: Annotated[Duration, Field(gt=0)] = 300.0
-    """Age at which a listing is too old, so that `creatify_up` turns 0."""
 
-    @field_validator("max_age")
+    @field_validator("min_interval")
     @classmethod
-    def _outlasts_the_interval(cls, max_age: float, info: ValidationInfo) -> float:
-        if info.data.get("min_interval", 0.0) > max_age:
-            raise SiblingError("min_interval", "must not be longer than listing.max_age")
-        return max_age
+    def _fits_the_age(cls, min_interval: float, info: ValidationInfo) -> float:
+        if min_interval > info.data.get("max_age", min_interval):
+            raise ValueError("must not be longer than listing.max_age")
+        return min_interval
 
 
 class Ledger(Section):
@@ -263,10 +266,10 @@ class Tls(Section):
     """PEM certificate of the server, with its chain."""
     key_file: File
     """PEM key of the certificate, not encrypted."""
-    client_ca_file: Certificates = None
-    """PEM certificates of the authorities that sign those of the clients."""
     client_auth_type: Literal["NoClientCert", "RequireAndVerifyClientCert"] = "NoClientCert"
     """Whether clients must show a certificate; if so, `client_ca_file` is needed."""
+    client_ca_file: Certificates = None
+    """PEM certificates of the authorities that sign those of the clients."""
     min_version: Literal["TLS12", "TLS13"] = "TLS12"
     """Oldest version of TLS that is spoken."""
     _contents: tuple[bytes, ...] = ()
@@ -292,13 +295,13 @@ class Tls(Section):
             raise ValueError("must be the unencrypted PEM key of the PEM certificate in cert_file") from None
         return key_file
 
-    @field_validator("client_auth_type")
+    @field_validator("client_ca_file")
     @classmethod
-    def _has_an_authority(cls, client_auth_type: str, info: ValidationInfo) -> str:
-        wanted = client_auth_type == "RequireAndVerifyClientCert"
-        if "client_ca_file" in info.data and wanted != bool(info.data["client_ca_file"]):
-            raise SiblingError("client_ca_file", "must go with client_auth_type: RequireAndVerifyClientCert")
-        return client_auth_type
+    def _goes_with_the_type(cls, client_ca_file: Path | None, info: ValidationInfo) -> Path | None:
+        wanted = info.data.get("client_auth_type")
+        if wanted and (wanted == "RequireAndVerifyClientCert") != bool(client_ca_file):
+            raise ValueError("must go with client_auth_type: RequireAndVerifyClientCert")
+        return client_ca_file
 
 
 class WebConfig(Document):

@@ -58,14 +58,6 @@ class ConfigError(Exception):
         super().__init__("\n".join(f"{path}: {message}" for path, message in self.errors))
 
 
-class SiblingError(ValueError):
-    """What is wrong with the key `key`, found out at a key beside it."""
-
-    def __init__(self, key: str, message: str) -> None:
-        self.key = key
-        super().__init__(message)
-
-
 class _SecretFile(str):
     """The name of the file that holds a secret."""
 
@@ -239,8 +231,6 @@ def _explained(
     if kind == "extra_forbidden":
         similar = difflib.get_close_matches(str(key), keys(section), 1)
         return at, f"is unknown to this exporter{f'; did you mean {similar[0]}?' if similar else ''}"
-    if isinstance(error := details.get("error"), SiblingError):
-        return (*parents, error.key), str(error)
     twin = f"{key}_file"
     if key not in tree and twin in tree:  # what is wrong with a secret from a file is wrong there
         at = (*parents, twin)
