@@ -142,15 +142,16 @@ class _Work(Call):
 
     def _answer(self, endpoint: str, url: str) -> requests.Response:
         """Send one request; return the answer if it is a 200, else raise ApiError."""
-        with self._explained():
-            self.left()
-        code = "error"
+        code = None
         try:
             with self._explained():
+                self.left()
+                code = "error"
                 response = self.get(url)
-            code = str(response.status_code)
+                code = str(response.status_code)
         finally:
-            self._client.on_request(endpoint, code)
+            if code:
+                self._client.on_request(endpoint, code)
         if response.status_code != http.HTTPStatus.OK:
             response.close()
             raise _refusal(response)

@@ -201,20 +201,16 @@ def _parser() -> argparse.ArgumentParser:
     def setting(name: str, default: str, help_text: str, parse: Callable[[str], Any] = str, **options: Any) -> None:
         flag(name, f"{help_text} (default: {default})", default=default, type=_typed(parse), **options)
 
-    flag("--config.file", "configuration file (YAML)", type=Path, metavar="FILE")
+    file: dict[str, Any] = {"type": Path, "metavar": "FILE"}
+    duration: dict[str, Any] = {"parse": parse_duration, "metavar": "DURATION"}
+    flag("--config.file", "configuration file (YAML)", **file)
     flag("--config.check", "validate the configuration, print every error, and exit", action="store_true")
-    setting(
-        "--config.auto-reload-interval",
-        "30s",
-        "how often to look for changed files; 0s: never",
-        parse_duration,
-        metavar="DURATION",
-    )
+    setting("--config.auto-reload-interval", "30s", "how often to look for changed files; 0s: never", **duration)
     setting("--web.listen-address", ":9877", "address to serve on", parse_listen_address, metavar="ADDRESS")
     setting("--web.telemetry-path", "/metrics", "path of the metrics", parse_telemetry_path, metavar="PATH")
-    flag("--web.config.file", "TLS and users, in the exporter toolkit's format", type=Path, metavar="FILE")
+    flag("--web.config.file", "TLS and users, in the exporter toolkit's format", **file)
     flag("--web.enable-lifecycle", "allow reloading by POST /-/reload", action="store_true")
-    setting("--web.scrape-timeout-offset", "500ms", "taken off Prometheus' timeout", parse_duration, metavar="DURATION")
+    setting("--web.scrape-timeout-offset", "500ms", "taken off Prometheus' timeout", **duration)
     setting("--log.level", "info", "least severe level to log", choices=tuple(_LEVELS))
     setting("--log.format", "logfmt", "format of the log", choices=("logfmt", "json"))
     build = f"creatify-exporter {__version__} (revision {__revision__}, python {platform.python_version()})"

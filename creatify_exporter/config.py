@@ -327,17 +327,12 @@ def load(path: Path | None, environ: Mapping[str, str]) -> Config:
     credentials = {key: environ[name] for key, name in names.items() if environ.get(name)}
     if not credentials:
         raise NoConfigurationError([("configuration", "neither a file nor CREATIFY_API_ID and CREATIFY_API_KEY")])
-    try:
-        return validated(Config, {"workspaces": [{"name": "default"} | credentials]}, Reader(), "environment")
-    except ConfigError as error:
-        errors = [(names[at.rpartition(".")[2]], message) for at, message in error.errors]
-        raise ConfigError(errors, error.files) from None
+    workspace = {"name": "default"} | credentials
+    return validated(
+        Config, {"workspaces": [workspace]}, Reader(), "environment", lambda at: names[at.rpartition(".")[2]]
+    )
 
 
 def load_web(path: Path) -> WebConfig:
     """Return the web configuration in the YAML file at `path`; raise ConfigError, whose paths begin with that file."""
-    try:
-        return read(WebConfig, path)
-    except ConfigError as error:
-        errors = [(at if at == str(path) else f"{path}: {at}", message) for at, message in error.errors]
-        raise ConfigError(errors, error.files) from None
+    return read(WebConfig, path, shown=lambda at: f"{path}: {at}")

@@ -8,7 +8,7 @@ it may be a secret, or come from the environment.
 import difflib
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -163,24 +163,32 @@ def inner(value: FieldInfo | None) -> type[Section] | None:
     return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
 
 
-def read(model: type[_Document], path: Path, environ: Mapping[str, str] | None = None) -> _Document:
-    """Return the YAML file at `path` as a `model`, with variables from `environ` if given; raise ConfigError."""
+def read(
+    model: type[_Document], path: Path, environ: Mapping[str, str] | None = None, shown: Callable[[str], str] = str
+) -> _Document:
+    """Return the YAML file at `path` as a `model`, with variables from `environ` if given; raise ConfigError.
+
+    `shown` says how the path of an error is shown.
+    """
     source = Reader(path.parent, environ)
     try:
         tree = _parsed(source.read(path.name)[1])
     except ValueError as error:
         raise ConfigError([(str(path), str(error))], source.files) from None
-    return validated(model, tree, source, str(path))
+    return validated(model, tree, source, str(path), shown)
 
 
-def validated(model: type[_Document], tree: object, source: Reader, name: str) -> _Document:
+def validated(
+    model: type[_Document], tree: object, source: Reader, name: str, shown: Callable[[str], str]
+) -> _Document:
     """Return plain data as a `model`; raise ConfigError with every error, `name` being the path of the whole."""
     try:
         valid = model.model_validate(tree, context=source, by_name=False, by_alias=True)
     except ValidationError as error:
         details = error.errors(include_url=False, include_input=False)
         errors = [_explained(model, tree, one["type"], one["loc"], one.get("ctx", {})) for one in details]
-        raise ConfigError(((_dotted(at) or name, message) for at, message in errors), source.files) from None
+        told = [(shown(_dotted(at)) if at else name, message) for at, message in errors]
+        raise ConfigError(told, source.files) from None
     valid._files = source.files
     return valid
 
