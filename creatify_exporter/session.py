@@ -29,7 +29,7 @@ from urllib3.exceptions import ConnectTimeoutError
 from creatify_exporter.config import LOOPBACK
 
 _CONNECT_TIMEOUT = 10.0
-_GLANCE = 0.25  # seconds until a wait notices that its call was given up
+_GLANCE = 1.0  # seconds until a wait notices that its call was given up
 
 # Its warnings quote what a server sent.
 logging.getLogger("urllib3").setLevel(logging.CRITICAL)
