@@ -29,6 +29,7 @@ from urllib3.exceptions import ConnectTimeoutError
 from creatify_exporter.config import LOOPBACK
 
 _CONNECT_TIMEOUT = 10.0
+_BUFFER = 64 * 1024  # bytes for each read from a socket
 _GLANCE = 1.0  # seconds until a wait notices that its call was given up
 
 # Its warnings quote what a server sent.
@@ -135,7 +136,7 @@ class _Response(HTTPResponse):
 
     def __init__(self, call: Call, connection: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(connection, *args, **kwargs)
-        self.fp = io.BufferedReader(_Reader(call, connection, self.fp.detach()))
+        self.fp = io.BufferedReader(_Reader(call, connection, self.fp.detach()), _BUFFER)
 
     def begin(self) -> None:
         super().begin()
