@@ -120,21 +120,24 @@ class Workspace:
             return None
         if self._round and not self._round.listing.done():
             return self._round
-        held_back = self._back_off.holds(LIST)
-        if not held_back and self._clock.monotonic() >= self._started + self._config.listing.min_interval:
+        if (
+            not self._back_off.holds(LIST)
+            and self._clock.monotonic() >= self._started + self._config.listing.min_interval
+        ):
             self._started = self._clock.monotonic()
-            self._round = Round(asyncio.create_task(self._list()), self._begin_to_read_balance())
+            self._round = Round(asyncio.create_task(self._list()))
+            self._round.balance_read = self._begin_to_read_balance(self._round)
             return self._round
         if self._book.due(policy(self._config, self._classify), self._clock.microseconds()):
-            former = None if held_back else self._round
-            self._round = Round(asyncio.create_task(self._show_what_is_due()), None, former.balance if former else None)
+            balance = self._round.balance if self._round else None
+            self._round = Round(asyncio.create_task(self._show_what_is_due()), None, balance)
             return self._round
         return None
 
     def view(self, waited_for: Round | None = None) -> WorkspaceView:
         """Return what an answer says now; `waited_for` is the listing that its request waited for."""
         newest = self._newest
-        current = waited_for or (None if self._back_off.holds(LIST) else self._round)
+        current = waited_for or self._round
         return WorkspaceView(
             name=self.name,
             up=self._up,
@@ -194,19 +197,18 @@ class Workspace:
         if attempt.ledger_error:
             _log.debug("the ledger cannot show what is due", workspace=self.name, error=str(attempt.ledger_error))
 
-    def _begin_to_read_balance(self) -> asyncio.Task[None] | None:
+    def _begin_to_read_balance(self, current: Round) -> asyncio.Task[None] | None:
         running = self._balance_read and not self._balance_read.done()
         if running or not self._config.api.remaining_credits or self._back_off.holds(BALANCE):
             return None
-        self._balance_read = asyncio.create_task(self._read_balance())
+        self._balance_read = asyncio.create_task(self._read_balance(current))
         return self._balance_read
 
-    async def _read_balance(self) -> None:
+    async def _read_balance(self, current: Round) -> None:
         error = None
         try:
             balance = await self._in_thread(self.client.remaining_credits)
-            if self._round:
-                self._round.balance = balance
+            (self._round or current).balance = balance
         except ApiError as failure:
             error = failure
         except Exception as failure:  # noqa: BLE001 - as with the list
@@ -227,6 +229,8 @@ class Workspace:
                 "listing failed", workspace=self.name, cause=error.cause, status=error.status, error=str(error)
             )
             self._back_off.take(error, [LIST, BALANCE])
+            if self._back_off.holds(LIST):
+                self._round = None  # later answers must not show its balance
         else:
             self._last_success = attempt.finished_at
             if former and former.error:
