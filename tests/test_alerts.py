@@ -1,11 +1,9 @@
 """The alerts fire when they should and stay silent when they should, with one replica or two, at 15 s and at 60 s."""
 
 import json
-import math
 import os
 import re
 import subprocess
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -20,6 +18,7 @@ import yaml
 
 from creatify_exporter.metrics import METRICS
 from tests.support.commands import output, run
+from tests.support.figures import Figures, Values, expand, wilson
 from tests.support.packages import require
 from tests.support.promql import innermost_aggregations, known_labels, matched_labels, nodes, selectors
 
@@ -171,20 +170,6 @@ def test_what_guards_a_replicas_figures_is_kept_for_each_replica(name: str) -> N
 # ---- promtool
 
 
-def expand(values: str) -> list[str]:
-    """Return the samples of promtool's notation one by one."""
-    samples: list[str] = []
-    for token in values.split():
-        if match := re.fullmatch(r"(-?[\d.]+)(?:([+-][\d.]+))?x(\d+)", token):
-            start, step, times = float(match[1]), float(match[2] or 0), int(match[3])
-            samples += [f"{start + step * n:.10g}" for n in range(times + 1)]
-        elif match := re.fullmatch(r"_x(\d+)", token):
-            samples += ["_"] * int(match[1])
-        else:
-            samples.append(token)
-    return samples
-
-
 def four_times_as_often(tests: Mapping[str, Any]) -> dict[str, Any]:
     """Return promtool tests whose series of one sample a minute are scraped every 15 seconds."""
 
@@ -243,56 +228,44 @@ def test_the_notation_of_series_is_understood() -> None:
     assert expand("1x2 stale _x2 10-2.5x1 _ 7") == ["1", "1", "1", "stale", "_", "_", "10", "7.5", "_", "7"]
 
 
-def figures(file: str, record: str) -> dict[frozenset[str], float]:
-    """Return the values that a file of tests asks of a recorded figure, by its labels without quotes."""
-    queries = [query for case in load(PROMETHEUS / "tests" / file)["tests"] for query in case["promql_expr_test"]]
-    (query, *_) = [query for query in queries if re.match(rf"round\({record} \* 1", query["expr"])]
-    scale = float(query["expr"].rpartition("* ")[2].removesuffix(")"))
-    return {
-        frozenset(re.findall(r"\w+", each["labels"])) - {"window", "workspace", "reason"}: each["value"] / scale
-        for each in query["exp_samples"]
+SETTINGS = {
+    name.rpartition(":")[2]: float(RULES[name]["expr"].removeprefix("vector(").removesuffix(")")) for name in THRESHOLDS
+}
+
+
+def values_asked(query: Mapping[str, Any]) -> Values:
+    """Return the samples that a query of promtool expects, by their labels."""
+    return {frozenset(re.findall(r'(\w+)="([^"]*)"', each["labels"])): each["value"] for each in query["exp_samples"]}
+
+
+def test_each_figure_that_the_rules_record_is_worked_out_again_from_the_samples() -> None:
+    tests = load(PROMETHEUS / "tests" / "figures.yml")
+    (case,) = tests["tests"]
+    queries = {query["expr"].removeprefix("round(").partition(" ")[0]: query for query in case["promql_expr_test"]}
+    figures = Figures(case, 1600, int(tests["evaluation_interval"].removesuffix("m")), SETTINGS).all()
+    assert queries.keys() == figures.keys()
+    for name, values in figures.items():
+        assert queries[name]["eval_time"] == "1600m"
+        assert values_asked(queries[name]) == {
+            labels: pytest.approx(1000 * value, abs=0.51) for labels, value in values.items()
+        }, name
+    bounds = {name for name in RECORDED if name.endswith("ratio:lower_bound")}
+    assert queries.keys() | bounds == {
+        name for name in RECORDED if name not in THRESHOLDS | {"creatify:dashboard:info"}
     }
 
 
-Z = float(RULES["creatify:threshold:confidence_z"]["expr"].removeprefix("vector(").removesuffix(")"))
-
-
-def wilson(failed: float, finished: float) -> float:
-    """Return the lower bound of Wilson's interval of a ratio, as its textbooks write it."""
-    p, n = failed / finished, finished
-    return (p + Z**2 / (2 * n) - Z * math.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))) / (1 + Z**2 / n)
-
-
 def test_the_lower_bound_of_a_ratio_that_the_cases_ask_for_is_wilsons() -> None:
-    asked = figures("failure-spike.yml", "workspace:creatify_text_generator_failure_ratio:lower_bound")
-    finished = {"15m": 10, "1h": 30, "6h": 60}
-    assert asked == {frozenset({"w", window}): pytest.approx(wilson(7, n), abs=1e-6) for window, n in finished.items()}
-
-
-def test_the_lower_bound_of_a_count_that_the_cases_ask_for_is_that_of_its_formula() -> None:
-    failures = figures("figures.yml", "workspace_reason:creatify_text_generator_failures:increase")
-    shares = figures("figures.yml", "workspace:creatify_text_generator_tasks_finished:share_of_day")
-    bounds = figures("figures.yml", "workspace_reason:creatify_text_generator_failures:lower_bound")
-    assert len(bounds) == len([labels for labels in failures if "6h" not in labels])
-    for labels, bound in bounds.items():
-        (share,) = [share for of, share in shares.items() if of <= labels]
-        # The shares are rounded to a thousandth.
-        assert bound == pytest.approx(max(math.sqrt(failures[labels]) - Z / 2, 0) ** 2 / share, rel=0.02)
-
-
-def test_the_shares_of_a_day_that_the_cases_ask_for_are_those_of_tasks_or_of_time_whichever_is_more() -> None:
-    by_status = figures("figures.yml", "workspace_model_status:creatify_text_generator_tasks_finished:increase")
-    finished = defaultdict[frozenset[str], float](float)
-    for labels, value in by_status.items():
-        finished[labels - {"model", "m", "status", "done", "failed"}] += value
-    days = figures("figures.yml", "workspace:creatify_text_generator_tasks_finished:day")
-    hours = figures("figures.yml", "workspace:creatify_up:day_hours")
-    shares = figures("figures.yml", "workspace:creatify_text_generator_tasks_finished:share_of_day")
-    for labels, share in shares.items():
-        ((of,), window) = [each for each in hours if each <= labels], "15m" if "15m" in labels else "1h"
-        by_time = {"15m": 0.25, "1h": 1}[window] / hours[of]
-        by_tasks = finished.get(labels, 0) / days.get(of, 1)
-        assert share == pytest.approx(max(by_time, by_tasks), abs=6e-4)
+    cases = load(PROMETHEUS / "tests" / "failure-spike.yml")["tests"]
+    finished = {"15m": (10, 9), "1h": (30, 29), "6h": (60, 59)}
+    for index, level in enumerate(("workspace", "workspace_model")):
+        record = f"{level}:creatify_text_generator_failure_ratio:lower_bound"
+        (query,) = [
+            q for case in cases for q in case.get("promql_expr_test", []) if q["expr"].startswith(f"round({record}")
+        ]
+        for labels, value in values_asked(query).items():
+            n = finished[dict(labels)["window"]][index]
+            assert value == pytest.approx(1e6 * wilson(7, n, SETTINGS["confidence_z"]), abs=0.51)
 
 
 @pytest.mark.parametrize("alert", ALERTS)
