@@ -389,8 +389,8 @@ def _cell(seen: Seen) -> str:
     return f"{len(seen.delays)} of {seen.workspaces}: {statistics.median(seen.delays):.0f}, {ninth}"
 
 
-def short(seed: int = 1) -> tuple[list[Seen], list[Wrong]]:
-    """Simulate what CI can afford."""
+def short(seed: int = 3) -> tuple[list[Seen], list[Wrong]]:
+    """Simulate what CI can afford: with 8 incidents of a kind, a median may be 8 minutes off by chance."""
     return incidents(4, [LIVES[0], LIVES[1]], seed), calm_days(1, [LIVES[1]], [FAILURE_SPIKE], seed)
 
 
