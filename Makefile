@@ -11,9 +11,12 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check --no-input --no-deps --require-hashes
 RUNTIME := $(VENV)/.runtime-installed
 DEV := $(VENV)/.dev-installed
-WORKERS ?= 2
+# One more than the cores of a small machine: many tests wait for processes and for time to pass.
+WORKERS ?= 3
 IMAGE ?= creatify-exporter
 PYTEST_ARGS ?=
+# A module or class goes to one worker; in the order of tests/conftest.py, not those with the most tests first.
+SHARED := -n $(WORKERS) --dist loadscope --no-loadscope-reorder
 ARGS ?=
 
 # A shim of a version manager may be on PATH and still refuse to run, so each candidate is tried, not only looked up.
@@ -47,7 +50,7 @@ help: ## show this
 
 test: lint ## lint, all tests, and the gate of coverage
 	@$(PY) -m tests.support.packages
-	$(VENV)/bin/pytest -n $(WORKERS) --dist loadscope --cov --cov-report=term $(PYTEST_ARGS)
+	$(VENV)/bin/pytest $(SHARED) --cov --cov-report=term $(PYTEST_ARGS)
 
 test-all: test ## what CI runs: `make test`, then `make test-portable` on every other supported Python that is found
 	@$(PY) -m tests.support.pythons | while read -r version python; do \
@@ -56,7 +59,7 @@ test-all: test ## what CI runs: `make test`, then `make test-portable` on every 
 	done
 
 test-portable: $(DEV) ## the tests that any Python may break (PYTHON=/path/to/python3 VENV=.venv-other)
-	$(VENV)/bin/pytest -n $(WORKERS) --dist loadscope -m "not process or every_python" $(PYTEST_ARGS)
+	$(VENV)/bin/pytest $(SHARED) -m "not process or every_python" $(PYTEST_ARGS)
 
 lint: $(DEV) ## ruff (format and lint), mypy, and the order of imports
 	$(VENV)/bin/ruff format --check --quiet .

@@ -161,7 +161,7 @@ class Bench:
             "exposition": {"zero_hold": "0s"},
         }
         # As where it is installed, the modules are compiled already: by the first of the exporters started here.
-        compiled = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(self._directory.parent / "compiled")}
+        compiled = {"PYTHONDONTWRITEBYTECODE": ""}
         return Exporter(Path(tempfile.mkdtemp(dir=self._directory.parent)), config=config, environment=compiled)
 
     def serving(self) -> None:

@@ -490,9 +490,9 @@ def test_the_rendered_manifests_start_the_exporter_and_its_probes_answer(
 
 
 @pytest.mark.process
-def test_two_replicas_share_a_ledger_in_postgresql_and_write_no_file(tmp_path: Path) -> None:
+def test_two_replicas_share_a_ledger_in_postgresql_and_write_no_file(tmp_path: Path, postgres: Postgres) -> None:
     api_id, api_key = credentials("main")
-    with Stage() as stage, Postgres() as postgres, ExitStack() as stack:
+    with Stage() as stage, ExitStack() as stack:
         secret = {"api_id": api_id, "api_key": api_key, "ledger_url": postgres.create_database()}
         pods = []
         for name in ("first", "second"):

@@ -18,7 +18,6 @@ import sqlalchemy as sa
 from creatify_exporter.database import LedgerError, LedgerMissingError, LedgerSupersededError, LedgerUnusableError
 from creatify_exporter.ledger import Book, Ledger
 from creatify_exporter.tasks import NANO
-from tests.support.packages import require
 from tests.support.postgres import PASSWORD, USER, Postgres, Proxy, RefusingServer
 from tests.support.processes import eventually
 from tests.support.records import POLICY, SECOND, START, commit, commit_asking, counted, record
@@ -27,13 +26,6 @@ DEADLINE = 1.5
 SLACK = 3.0  # seconds that a busy machine may take on top
 
 process = pytest.mark.process
-
-
-@pytest.fixture(scope="module")
-def postgres() -> Iterator[Postgres]:
-    require("postgres")
-    with Postgres() as server:
-        yield server
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from creatify_exporter import __version__, config
 from tests.support.commands import output, run
 from tests.support.exporter import Exporter
 from tests.support.packages import require
+from tests.support.schemas import follows
 
 ROOT = Path(__file__).resolve().parents[1]
 DEPLOY = ROOT / "deploy"
@@ -56,7 +57,7 @@ def test_each_configuration_is_valid(path: Path, tmp_path: Path) -> None:
 
 
 def test_compose_follows_the_compose_specification() -> None:
-    output(sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec", COMPOSE)
+    assert follows("compose-spec", COMPOSE)
 
 
 def test_every_file_that_compose_mounts_is_there() -> None:

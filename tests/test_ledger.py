@@ -12,7 +12,6 @@ import pytest
 from creatify_exporter.database import LedgerError, LedgerMissingError, LedgerUnusableError
 from creatify_exporter.ledger import Book, Key, Ledger
 from creatify_exporter.tasks import HOUR, NANO, Record
-from tests.support.packages import require
 from tests.support.postgres import Postgres
 from tests.support.records import POLICY, SECOND, START, commit, counted, record, shown
 
@@ -436,13 +435,6 @@ def test_workspaces_share_a_file_and_nothing_else(ledger: Ledger) -> None:
 
 
 # PostgreSQL
-
-
-@pytest.fixture(scope="module")
-def postgres() -> Iterator[Postgres]:
-    require("postgres")
-    with Postgres() as server:
-        yield server
 
 
 @pytest.mark.process

@@ -99,9 +99,9 @@ def test_a_renamed_workspace_keeps_its_counters(stage: Stage, tmp_path: Path) ->
     assert of("other", after) == of("other", before)
 
 
-def test_a_ledger_moved_to_postgresql_goes_on_there(stage: Stage, tmp_path: Path) -> None:
+def test_a_ledger_moved_to_postgresql_goes_on_there(stage: Stage, tmp_path: Path, postgres: Postgres) -> None:
     exporter = Exporter(tmp_path, config=stage.config())
-    with stage, Postgres() as postgres:
+    with stage:
         with exporter:
             before = run_for_a_while(stage, exporter)
         url = postgres.create_database()

@@ -4,7 +4,6 @@ import shutil
 import sqlite3
 import threading
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -17,19 +16,10 @@ import sqlalchemy as sa
 from creatify_exporter.database import LedgerError, LedgerUnusableError
 from creatify_exporter.ledger import Book, Key, Ledger
 from creatify_exporter.tasks import NANO, Record
-from tests.support.packages import require
-from tests.support.postgres import Postgres
 from tests.support.records import POLICY, SECOND, START, commit, counted, read_task, record, shown
 
 OLD = Path(__file__).parent / "data" / "ledger-0.1.0"
 LISTED = ("old", "busy", "new-0", "new-1", "new-2", "new-3", "other")
-
-
-@pytest.fixture(scope="module")
-def postgres() -> Iterator[Postgres]:
-    require("postgres")
-    with Postgres() as server:
-        yield server
 
 
 @pytest.fixture(

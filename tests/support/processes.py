@@ -74,7 +74,7 @@ class Daemon:
                 env=self.environment(), cwd=self.directory(),
             )  # fmt: skip
 
-    def start(self, within: float = 30.0) -> Self:
+    def start(self, within: float = 60.0) -> Self:
         """Start the program and wait until it answers."""
         self.launch()
         try:
