@@ -24,6 +24,7 @@ from tests.support.exporter import parse
 from tests.support.processes import eventually, free_port
 from tests.support.records import SECOND, commit, record
 from tests.support.simulation import SimulatedApi, Simulation
+from tests.support.upstream import Upstream
 
 NOW = 1_760_000_000.0
 FLAGS = {
@@ -177,6 +178,20 @@ def test_the_errors_of_both_configurations_are_printed_at_once(capsys: Capture) 
 # --once
 
 
+def test_credentials_of_the_environment_make_one_workspace_on_the_real_api(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CREATIFY_API_ID", "id")
+    Path("key").write_text("key\n")
+    monkeypatch.setenv("CREATIFY_API_KEY_FILE", "key")
+    with Upstream() as proxy:
+        for name in ("HTTPS_PROXY", "https_proxy"):
+            monkeypatch.setenv(name, proxy.url)
+        assert exit_code("--once") == 1
+        assert set(proxy.connects) == {"api.creatify.ai:443"}
+    assert parse(capsys.readouterr().out).values("creatify_up", "workspace") == {("default",): 0}
+
+
 def test_once_prints_the_metrics_and_writes_nothing(capsys: Capture, api: SimulatedApi) -> None:
     assert exit_code(configured(api.url), "--once") == 0
     shown = capsys.readouterr()
@@ -240,8 +255,11 @@ def test_reasons_prints_a_table_and_writes_nothing(capsys: Capture, api: Simulat
     assert exit_code(configured(api.url), "--reasons") == 0
     heading, *rows = capsys.readouterr().out.splitlines()
     assert heading.split() == ["REASON", "OWNER", "COUNT", "SHARE", "EXAMPLE", "(MASKED)"]
-    assert rows
-    assert {row.split()[0] for row in rows if not row.startswith(" ")} <= BUILT_IN.keys()
+    reasons = [row.split() for row in rows if not row.startswith(" ")]
+    assert {reason for reason, *_ in reasons} <= BUILT_IN.keys()
+    listed = api.workspaces[CREDENTIALS].truth(NOW).listed
+    failed = sum(tasks for (_, status), tasks in listed.items() if status == "failed")
+    assert sum(int(count) for _, _, count, *_ in reasons) == failed > 0
     assert os.listdir() == ["config.yaml"]
 
 
