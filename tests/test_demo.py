@@ -317,7 +317,7 @@ def test_a_client_that_goes_away_leaves_no_trace(api: SimulatedApi, capfd: pytes
 
 
 def test_a_listing_is_streamed_never_built() -> None:
-    simulation = Simulation(1, START, history=8000)
+    simulation = Simulation(1, START, history=4000)
     simulation.advance(START + 60)
     gc.collect()
     tracemalloc.start()
@@ -326,7 +326,7 @@ def test_a_listing_is_streamed_never_built() -> None:
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert size > 20_000_000
+    assert size > 10_000_000
     assert peak < 2_000_000
 
 
@@ -384,7 +384,7 @@ def test_the_demo_has_a_failure_spike_soon_after_its_start() -> None:
         (simulation,) = api.workspaces.values()
         finished = Counter[tuple[bool, str]]()
         seen = set[str]()
-        for now in (START + step for step in range(0, 400, 5)):
+        for now in (START + step for step in range(0, 400, 10)):
             spiking = SPIKE.begin + 30 < now - START < SPIKE.end
             for record in listed_by(simulation.listing(now)):
                 if record["model_name"] == SPIKE.model and record["status"] in ("done", "failed"):

@@ -258,7 +258,7 @@ def notifying(webhook: Webhook) -> dict[str, Any]:
 
 
 def test_a_failure_spike_is_notified_and_resolved_from_the_task_to_the_webhook(tmp_path: Path) -> None:
-    simulation = Simulation(5, time.time(), rate=6.0, history=100, window=2000)
+    simulation = Simulation(5, time.time(), rate=6.0, history=100, window=300, record_size=600, media_share=0)
     config = {
         "workspaces": [{"name": "studio", "api_id": CREDENTIALS[0], "api_key": CREDENTIALS[1]}],
         "exposition": {"zero_hold": "0s"},

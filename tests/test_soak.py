@@ -40,7 +40,7 @@ def configurations(stage: Stage) -> Iterator[tuple[dict[str, Any], bool]]:
 
 
 def test_reloads_under_fire_fail_no_scrape_and_leak_nothing(tmp_path: Path, soak: bool) -> None:
-    warm_up, reloads = (100, 1000) if soak else (30, 150)
+    warm_up, reloads = (100, 1000) if soak else (30, 90)
     with (
         Stage("main", "guest", window=150) as stage,
         Exporter(tmp_path, "--web.enable-lifecycle", "--log.level=error", config=stage.config()) as exporter,
@@ -142,7 +142,7 @@ def once(exporter: Exporter) -> Scrape:
 
 
 def test_memory_stays_where_it_is(tmp_path: Path, soak: bool) -> None:
-    block, blocks = (1000, 10) if soak else (150, 4)
+    block, blocks = (1000, 10) if soak else (100, 4)
     means = []
     with (
         Stage(window=200, history=200) as stage,

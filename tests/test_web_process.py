@@ -10,7 +10,6 @@ import select
 import socket
 import ssl
 import statistics
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from creatify_exporter.server import parse_listen_address
+from tests.support.commands import run
 from tests.support.webhost import ROOT, Host, answer_of, hosting, hosting_command, read_all
 from tests.test_webauth import HASHES, basic
 
@@ -63,6 +63,22 @@ class Authority:
 @pytest.fixture
 def authority(tmp_path: Path) -> Authority:
     return Authority(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def hosts() -> Iterator[list[Host]]:
+    """Run two servers for all tests that leave them as they are, one of them for users alone."""
+    limits = {"header_timeout": 2}
+    with hosting(limits=limits, lines=1) as plain, hosting(limits=limits, lines=1, users=HASHES) as closed:
+        yield [plain, closed]
+
+
+@pytest.fixture(scope="module")
+def secure(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Authority, Host]]:
+    """Run one server with TLS for all tests that leave it as it is."""
+    authority = Authority(tmp_path_factory.mktemp("tls"))
+    with hosting(tls=authority.settings) as host:
+        yield authority, host
 
 
 def serial_of(host: Host, context: ssl.SSLContext) -> int:
@@ -129,26 +145,15 @@ class TestListening:
             assert host.end() == 0
 
     @pytest.mark.parametrize("listen", ["127.0.0.1", "", "localhost"])
-    def test_an_address_in_use_is_an_error_of_one_line(self, listen: str) -> None:
-        with hosting() as first:
-            second = subprocess.run(
-                hosting_command(listen=f"{listen}:{first.port}"),
-                capture_output=True,
-                text=True,
-                timeout=30,
-                check=False,
-                cwd=ROOT,
-            )
+    def test_an_address_in_use_is_an_error_of_one_line(self, hosts: list[Host], listen: str) -> None:
+        address = f"{listen}:{hosts[0].port}"
+        second = run(*hosting_command(listen=address), cwd=ROOT)
         assert second.returncode == 1
-        assert second.stderr == (
-            f"--web.listen-address: cannot listen on {listen}:{first.port}: address already in use\n"
-        )
+        assert second.stderr == f"--web.listen-address: cannot listen on {address}: address already in use\n"
 
     @pytest.mark.parametrize("listen", ["192.0.2.1:0", "no-such-host.invalid:0"])
     def test_an_address_that_is_not_ours_is_an_error_of_one_line(self, listen: str) -> None:
-        ended = subprocess.run(
-            hosting_command(listen=listen), capture_output=True, text=True, timeout=30, check=False, cwd=ROOT
-        )
+        ended = run(*hosting_command(listen=listen), cwd=ROOT)
         assert ended.returncode == 1
         assert re.fullmatch(r"--web\.listen-address: cannot listen on .*: [a-z -]+\n", ended.stderr)
 
@@ -240,21 +245,21 @@ class TestHostileClients:
             assert host.end() == 0
             assert time.monotonic() - begin < 5
 
-    def test_a_head_that_is_too_large_is_refused(self) -> None:
-        with hosting() as host:
-            for request in (
-                b"GET /%s HTTP/1.1\r\n\r\n" % (b"a" * 200_000),
-                b"GET / HTTP/1.1\r\nA: %s\r\n\r\n" % (b"a" * 200_000),
-            ):
-                with host.connect() as one:
-                    with contextlib.suppress(OSError):  # refused before all of it was sent
-                        one.sendall(request)
-                    with contextlib.suppress(ConnectionResetError):
-                        assert answer_of(read_all(one))[0] in {400, 414, 431}
-            assert psutil.Process(host.process.pid).memory_info().rss < MEMORY
+    def test_a_head_that_is_too_large_is_refused(self, hosts: list[Host]) -> None:
+        host = hosts[0]
+        for request in (
+            b"GET /%s HTTP/1.1\r\n\r\n" % (b"a" * 200_000),
+            b"GET / HTTP/1.1\r\nA: %s\r\n\r\n" % (b"a" * 200_000),
+        ):
+            with host.connect() as one:
+                with contextlib.suppress(OSError):  # refused before all of it was sent
+                    one.sendall(request)
+                with contextlib.suppress(ConnectionResetError):
+                    assert answer_of(read_all(one))[0] in {400, 414, 431}
+        assert psutil.Process(host.process.pid).memory_info().rss < MEMORY
 
-    def test_a_body_is_not_waited_for(self) -> None:
-        with hosting() as host, host.connect() as one:
+    def test_a_body_is_not_waited_for(self, hosts: list[Host]) -> None:
+        with hosts[0].connect() as one:
             one.sendall(b"GET /-/healthy HTTP/1.1\r\nHost: a\r\nContent-Length: 1000000000000\r\n\r\nabc")
             assert answer_of(read_all(one)) == (200, b"healthy\n")
 
@@ -293,13 +298,6 @@ def requests(draw: st.DrawFn) -> bytes:
     return b"\r\n".join(lines) + b"\r\n\r\n" + draw(BYTES)
 
 
-@pytest.fixture(scope="module")
-def hosts() -> Iterator[list[Host]]:
-    limits = {"header_timeout": 2}
-    with hosting(limits=limits, lines=1) as plain, hosting(limits=limits, lines=1, users=HASHES) as closed:
-        yield [plain, closed]
-
-
 class TestOddRequests:
     @settings(deadline=None, max_examples=150)
     @given(requests() | st.binary(max_size=200))
@@ -324,19 +322,19 @@ class TestOddRequests:
 
 
 class TestTls:
-    def test_only_tls_1_2_and_later_is_spoken(self, authority: Authority) -> None:
-        with hosting(tls=authority.settings) as host:
-            for version, wanted in [("TLSv1.2", "TLSv1_2"), ("TLSv1.3", "TLSv1_3")]:
-                context = authority.client()
-                context.minimum_version = context.maximum_version = ssl.TLSVersion[wanted]
-                with host.connect(context) as one:
-                    assert isinstance(one, ssl.SSLSocket)
-                    assert one.version() == version
-            with pytest.warns(DeprecationWarning, match="TLSv1_1"):
-                context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_1
-            context.set_ciphers("ALL:@SECLEVEL=0")
-            with pytest.raises(ssl.SSLError, match="alert"):
-                host.connect(context)
+    def test_only_tls_1_2_and_later_is_spoken(self, secure: tuple[Authority, Host]) -> None:
+        authority, host = secure
+        for version, wanted in [("TLSv1.2", "TLSv1_2"), ("TLSv1.3", "TLSv1_3")]:
+            context = authority.client()
+            context.minimum_version = context.maximum_version = ssl.TLSVersion[wanted]
+            with host.connect(context) as one:
+                assert isinstance(one, ssl.SSLSocket)
+                assert one.version() == version
+        with pytest.warns(DeprecationWarning, match="TLSv1_1"):
+            context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_1
+        context.set_ciphers("ALL:@SECLEVEL=0")
+        with pytest.raises(ssl.SSLError, match="alert"):
+            host.connect(context)
 
     def test_the_minimum_can_be_tls_1_3(self, authority: Authority) -> None:
         with hosting(tls=authority.settings | {"min_version": "TLS13"}) as host:
@@ -346,8 +344,8 @@ class TestTls:
             with pytest.raises(ssl.SSLError, match="protocol version"):
                 host.connect(context)
 
-    def test_a_plain_request_to_a_tls_server_gets_no_answer(self, authority: Authority) -> None:
-        with hosting(tls=authority.settings) as host, host.connect() as one:
+    def test_a_plain_request_to_a_tls_server_gets_no_answer(self, secure: tuple[Authority, Host]) -> None:
+        with secure[1].connect() as one:
             one.sendall(b"GET /metrics HTTP/1.1\r\nHost: a\r\n\r\n")
             with contextlib.suppress(ConnectionResetError):
                 assert b"HTTP" not in read_all(one)
@@ -372,10 +370,10 @@ class TestTls:
             assert host.get("/metrics", context, {"Authorization": basic("ann", "wrong")})[0] == 401
             assert host.get("/metrics", context, {"Authorization": basic("ann", "pw")})[0] == 200
 
-    def test_discovery_tells_the_scheme(self, authority: Authority) -> None:
-        with hosting(tls=authority.settings) as host:
-            assert host.url.startswith("https://")
-            assert json.loads(host.get("/sd", authority.client())[1])[0]["labels"]["__scheme__"] == "https"
+    def test_discovery_tells_the_scheme(self, secure: tuple[Authority, Host]) -> None:
+        authority, host = secure
+        assert host.url.startswith("https://")
+        assert json.loads(host.get("/sd", authority.client())[1])[0]["labels"]["__scheme__"] == "https"
 
     def test_files_that_the_tls_library_refuses_stop_the_start_and_change_nothing_later(
         self, authority: Authority, tmp_path: Path
@@ -387,9 +385,7 @@ class TestTls:
             assert host.replace(odd).startswith(message)
             assert serial_of(host, authority.client()) == serial
             assert host.end() == 0
-        ended = subprocess.run(
-            hosting_command(tls=odd), capture_output=True, text=True, timeout=30, check=False, cwd=ROOT
-        )
+        ended = run(*hosting_command(tls=odd), cwd=ROOT)
         assert ended.returncode == 1
         assert ended.stderr.startswith(message)
         assert ended.stderr.count("\n") == 1
@@ -470,8 +466,9 @@ class TestRenewedCertificates:
             assert process.memory_info().rss < MEMORY
             assert host.end() == 0
 
-    def test_unchanged_files_change_nothing(self, authority: Authority) -> None:
-        with hosting(tls=authority.settings) as host, host.connect(authority.client()) as one:
+    def test_unchanged_files_change_nothing(self, secure: tuple[Authority, Host]) -> None:
+        authority, host = secure
+        with host.connect(authority.client()) as one:
             for _ in range(3):
                 assert host.replace(authority.settings) == "replaced"
                 one.sendall(b"HEAD /-/healthy HTTP/1.1\r\nHost: a\r\n\r\n")
