@@ -17,7 +17,7 @@ import trustme
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from creatify_exporter import __version__, config
+from creatify_exporter import __version__, cli, config
 from creatify_exporter.metrics import METRICS
 from tests.support.commands import output
 from tests.support.exporter import Exporter
@@ -208,12 +208,13 @@ def test_every_yaml_example_is_valid(block: Block, tmp_path: Path) -> None:
     check(block.text, tmp_path)
 
 
-def test_the_example_configuration_passes_config_check(tmp_path: Path) -> None:
+def test_the_example_configuration_passes_config_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text, environment = prepared((ROOT / "config.example.yaml").read_text(encoding="utf-8"), tmp_path)
     path = tmp_path / "config.yaml"
     path.write_text(text, encoding="utf-8")
-    program = Exporter(tmp_path / "exporter", environment=environment)
-    output(program.python, ROOT / "exporter.py", f"--config.file={path}", "--config.check", env=program.environment())
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert cli.main([f"--config.file={path}", "--config.check"]) == 0
 
 
 # Commands

@@ -2,20 +2,17 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import requests
 import yaml
 
-from creatify_exporter import config
+from creatify_exporter import cli, config
 from creatify_exporter.metrics import METRICS
-from tests.support.commands import output
 from tests.support.exporter import Exporter
 from tests.support.stage import Stage, credentials
 
-ROOT = Path(__file__).resolve().parents[1]
 OLD = Path(__file__).parent / "data" / "version-0.1.0"
 
 
@@ -26,8 +23,10 @@ def test_each_metric_of_version_0_1_0_is_there_with_its_type_and_labels() -> Non
     assert {name: now.get(name) for name in old} == old
 
 
-def test_each_flag_of_version_0_1_0_is_there() -> None:
-    help_text = output(sys.executable, ROOT / "exporter.py", "--help")
+def test_each_flag_of_version_0_1_0_is_there(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    help_text = capsys.readouterr().out
     flags = [line.split()[0] for line in (OLD / "flags.txt").read_text(encoding="utf-8").splitlines()]
     assert len(flags) == 14
     assert [flag for flag in flags if flag not in help_text] == []
