@@ -7,4 +7,5 @@ import check_jsonschema
 
 def follows(schema: str, path: Path) -> bool:
     """Return whether a file follows a schema, such as `github-workflows`; what is wrong is printed."""
-    return check_jsonschema.main(["--builtin-schema", f"vendor.{schema}", str(path)], standalone_mode=False) == 0
+    arguments = ["--builtin-schema", f"vendor.{schema}", str(path)]
+    return bool(check_jsonschema.main(arguments, standalone_mode=False) == 0)
