@@ -4,7 +4,9 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, InvalidStateError, wait
 from contextlib import suppress
+from functools import partial
 from typing import Any, TypeVar
 from urllib.parse import quote
 
@@ -18,7 +20,6 @@ T = TypeVar("T")
 # Of the deadline: the more exactly somebody can tell what is wrong, the sooner he gives up.
 _LOCK = 0.6
 _STATEMENT = 0.7
-_CONNECTION = 0.85
 _CONNECT_TIMEOUT = 5
 _AT_THE_END = 2.0  # a process that is told to end has 5 s
 
@@ -61,14 +62,12 @@ class LedgerSupersededError(LedgerError):
     """Nothing was written because nobody wants it any more; the ledger itself is fine."""
 
 
-class _Transaction:
-    """One transaction, in a thread of its own, and how far it got."""
+class _Transaction(Future[Any]):
+    """One transaction in a thread of its own: pending, running from COMMIT on, and cancelled when it is given up."""
 
     def __init__(self) -> None:
-        self.ended = threading.Event()
+        super().__init__()
         self.progressed = time.monotonic()
-        self.abandoned = False
-        self.committing = False
 
 
 class Database:
@@ -95,10 +94,10 @@ class Database:
         self._opened = False
         self._engine: sa.Engine | None = None
         self._file: tuple[int, int] | None = None
-        self._login: dict[str, Any] = {}
         self._turn = threading.Lock()
-        self._fence = threading.Lock()
-        self._running = _Transaction()
+        self._nobody = _Transaction()
+        self._nobody.set_result(None)
+        self._running = self._nobody
 
     # Transactions
 
@@ -107,74 +106,59 @@ class Database:
 
         `work` runs in another thread, and must not change anything that a caller who gave up would still believe.
         """
-
-        def run() -> T:
-            return self._run(work)
-
         try:
-            result = self._bounded(run)
-        except LedgerSupersededError:
-            self.up = True
+            result = self._bounded(lambda: self._run(work))
+        except LedgerError as error:
+            self.up = isinstance(error, LedgerSupersededError)
             raise
-        except LedgerError:
-            self.up = False
-            raise
-        except Exception as error:
-            self.up = False
-            raise self._explained(error) from error
         self.up = True
         return result
 
     def progress(self) -> None:
         """Take note that the database answered; to be called now and then while many rows are read."""
-        if self._running.abandoned:
+        if self._running.cancelled():
             raise LedgerError(f"{self._name}: the transaction was given up before")
         self._running.progressed = time.monotonic()
 
     def _bounded(self, job: Callable[[], T]) -> T:
         """Run `job` when it is its turn, and wait for it as long as the database answers."""
-        while not self._turn.acquire(timeout=self._patience(self._running)):
-            if self._gives_up(self._running):
-                raise LedgerError(self._silent)
+        self._wait(lambda seconds: self._turn.acquire(timeout=seconds))
         running = self._running = _Transaction()
-        results, errors = list[T](), list[Exception]()
+        threading.Thread(target=self._work, args=(job, running), name="ledger", daemon=True).start()
+        self._wait(lambda seconds: wait([running], seconds) and running.done())
+        if running.cancelled():
+            raise LedgerError(self._silent)
+        result: T = running.result()
+        return result
 
-        def run() -> None:
-            try:
-                results.append(job())
-            except Exception as error:  # noqa: BLE001 - raised below, in the thread of the caller
-                errors.append(error)
-            finally:
-                self._turn.release()
-                running.ended.set()
+    def _wait(self, over: Callable[[float], object]) -> None:
+        """Wait until `over`, as long as the database answers whose turn it is; then give that transaction up."""
+        while not over(max(self._running.progressed + self._deadline - time.monotonic(), 0.001)):
+            running = self._running
+            if time.monotonic() < running.progressed + self._deadline:
+                continue
+            if running.cancel():
+                raise LedgerError(self._silent)
+            if running.running():
+                raise LedgerUncertainError(self._silent)
 
-        threading.Thread(target=run, name="ledger", daemon=True).start()
-        self._wait(running)
-        if not errors:
-            return results[0]
-        if running.committing and not isinstance(errors[0], LedgerError):
-            raise LedgerUncertainError(str(self._explained(errors[0]))) from errors[0]
-        raise errors[0]
-
-    def _wait(self, running: _Transaction) -> None:
-        """Wait for the end of `running` as long as the database answers; then raise LedgerError."""
-        while not running.ended.wait(self._patience(running)):
-            if self._gives_up(running):
-                raise LedgerUncertainError(self._silent) if running.committing else LedgerError(self._silent)
-
-    def _patience(self, running: _Transaction) -> float:
-        return max(running.progressed + self._deadline - time.monotonic(), 0.001)
-
-    def _gives_up(self, running: _Transaction) -> bool:
-        """Return whether `running` is given up, because its statement was not answered in time."""
-        with self._fence:
-            if running.ended.is_set():
-                return False
-            running.abandoned |= time.monotonic() >= running.progressed + self._deadline
-            return running.abandoned
+    def _work(self, job: Callable[[], object], running: _Transaction) -> None:
+        try:
+            end = partial(running.set_result, job())
+        except LedgerError as error:
+            end = partial(running.set_exception, error)
+        except Exception as error:  # noqa: BLE001 - raised in the thread of the caller
+            explained = self._explained(error)
+            if running.running():
+                explained = LedgerUncertainError(str(explained))
+            explained.__cause__ = error
+            end = partial(running.set_exception, explained)
+        self._running = self._nobody
+        self._turn.release()
+        with suppress(InvalidStateError):  # it was given up
+            end()
 
     def _run(self, work: Callable[[Connection], T]) -> T:
-        running = self._running
         if self._path:
             self._look_at_the_file(self._path)
         engine = self._engine = self._engine or self._make_engine()
@@ -184,26 +168,21 @@ class Database:
             self._opened = True
         with engine.begin() as connection:
             result = work(connection)
-            with self._fence:
-                if running.abandoned:
-                    raise LedgerError(f"{self._name}: the transaction was given up before its end")
-                running.committing = True
+            if not self._running.set_running_or_notify_cancel():
+                raise LedgerError(f"{self._name}: the transaction was given up before its end")
         return result
 
     def _look_at_the_file(self, path: str) -> None:
         if self._file is None:
             if self._read_only and not os.path.exists(path):
                 raise LedgerMissingError(f"{self._name}: there is no ledger")
-            self._look_at_permissions(path, writing=not self._read_only)
+            if obstacle := _obstacle(path, writing=not self._read_only):
+                raise LedgerUnusableError(f"{self._name}: {obstacle}")
         elif _identity(path) != self._file:
             raise LedgerError(
                 f"{self._name}: the file was deleted or replaced while the exporter ran, and nothing is counted; "
                 "move the same file back, or restart the exporter to go on with what is there now"
             )
-
-    def _look_at_permissions(self, path: str, *, writing: bool) -> None:
-        if obstacle := _obstacle(path, writing=writing):
-            raise LedgerUnusableError(f"{self._name}: {obstacle}")
 
     # Connections
 
@@ -265,27 +244,19 @@ class Database:
         sa.event.listen(engine, "do_connect", self._connect_postgres)
         return engine
 
-    def _connect_postgres(self, _dialect: object, _record: object, arguments: Any, parameters: dict[str, Any]) -> Any:
+    def _connect_postgres(self, _dialect: object, _record: object, arguments: Any, parameters: Any) -> Any:
         from creatify_exporter import postgres
 
-        self._login = parameters
-        connection = postgres.connect(self._deadline * _CONNECTION, *arguments, **parameters)
-        encoding = connection.info.parameter_status("server_encoding")
-        if encoding != "UTF8":
-            connection.close()
-            raise LedgerUnusableError(
-                f"{self._name}: the database's encoding is {encoding}; make one with CREATE DATABASE ... ENCODING UTF8"
-            )
-        return connection
+        return postgres.connect(self._deadline, *arguments, **parameters)
 
-    def _explained(self, error: Exception, refusal: str | None = None) -> LedgerError:
+    def _explained(self, error: Exception) -> LedgerError:
         """Return what an error of the database means, by its code: its text may be in any language."""
-        cause = getattr(error, "orig", None) or error
         if isinstance(error, schema.SchemaError):
             return LedgerUnusableError(f"{self._name}: {error}")
         if not isinstance(error, sa.exc.SQLAlchemyError):  # its text may hold anything
             return LedgerError(f"{self._name}: the transaction failed ({type(error).__name__})")
-        code = getattr(cause, "sqlite_errorname", None) or getattr(cause, "sqlstate", None) or refusal or ""
+        cause = getattr(error, "orig", None) or error
+        code = getattr(cause, "sqlite_errorname", None) or getattr(cause, "sqlstate", None) or ""
         words = next((text for start, text in _WORDS.items() if code.startswith(start)), "")
         lines = str(cause).strip().splitlines() or [""]
         text = f"{self._name}: {words}{': ' if words else ''}{lines[0]} ({code or type(cause).__name__})"
@@ -300,7 +271,7 @@ class Database:
         Raises LedgerUnusableError when it can never work, LedgerError when the database is down: then later
         transactions try again.
         """
-        self._explain_refusal(self._verify)
+        self.transact(self._verify)
 
     def check(self) -> None:
         """Find out what `open` would say, without writing or creating anything.
@@ -308,64 +279,40 @@ class Database:
         Raises LedgerUnusableError where a start would stop, LedgerError when the database is down.
         """
         if self._path:
-            self._look_at_permissions(self._path, writing=not self._read_only)
+            self._look_at_the_file(self._path)
         if self._is_sqlite and not (self._path and os.path.exists(self._path)):
             return
-        probe = Database(self._url.render_as_string(hide_password=False), read_only=True, deadline=self._deadline)
+        probe = Database(
+            self._url.render_as_string(hide_password=False), read_only=self._is_sqlite, deadline=self._deadline
+        )
         probe._opened = True  # an older schema is fine, and no schema is as well
         try:
-            probe._explain_refusal(self._compare)
+            probe.transact(probe._rehearse)
         finally:
             probe.close()
 
-    def _explain_refusal(self, work: Callable[[Connection], None]) -> None:
-        """Run a transaction; when it fails because of a refused login, raise LedgerUnusableError."""
-        try:
-            self.transact(work)
-        except LedgerUnusableError:
-            raise
-        except LedgerError as error:
-            cause = error.__cause__
-            raise self._bounded(lambda: self._refusal(cause)) or error from cause
-
-    def _refusal(self, error: BaseException | None) -> LedgerError | None:
-        if not self._login or not isinstance(error, sa.exc.DBAPIError) or getattr(error.orig, "sqlstate", None):
-            return None
-        from creatify_exporter import postgres
-
-        return self._explained(error, postgres.refusal(self._deadline * _CONNECTION, self._login))
-
-    def _compare(self, connection: Connection) -> None:
-        found = schema.found_version(connection)
-        if found == schema.SCHEMA_VERSION:
-            schema.try_reading(connection)
-        if connection.dialect.name == "sqlite":
-            _look_for_corruption(connection)
-        elif found is None and not schema.may_create(connection):
-            raise schema.SchemaError("no permission to create tables")
-        elif found is not None and not schema.may_write(connection):
-            raise schema.SchemaError("no permission to write to the tables")
+    def _rehearse(self, connection: Connection) -> None:
+        """Do what a start does, and take it back; SQLite, which has one writer, is only read."""
+        if not self._is_sqlite:
+            self._open(connection)
+        self._verify(connection)
+        connection.rollback()
 
     def _open(self, connection: Connection) -> None:
         if not self._read_only:
-            schema.lock(connection)
+            schema.prepare(connection)
+            return
         found = schema.found_version(connection)
-        if self._read_only:
-            if found is None:
-                raise LedgerMissingError(f"{self._name}: there is no ledger")
-            if found != schema.SCHEMA_VERSION:
-                raise schema.SchemaError(f"its schema version is {found}; the exporter upgrades it when it starts")
-        elif found is None:
-            schema.create(connection)
-        elif found != schema.SCHEMA_VERSION:
-            schema.upgrade(connection, found)
+        if found is None:
+            raise LedgerMissingError(f"{self._name}: there is no ledger")
+        if found != schema.SCHEMA_VERSION:
+            raise schema.SchemaError(f"its schema version is {found}; the exporter upgrades it when it starts")
 
     def _verify(self, connection: Connection) -> None:
-        schema.try_reading(connection)
-        if not self._read_only:
-            schema.try_writing(connection)
-        if self._is_sqlite:
-            _look_for_corruption(connection)
+        if self._is_sqlite and connection.exec_driver_sql("PRAGMA quick_check(1)").scalar_one() != "ok":
+            raise schema.SchemaError("the file is corrupt")
+        if schema.found_version(connection) == schema.SCHEMA_VERSION:
+            schema.try_tables(connection, writing=not self._read_only)
 
     def ping(self) -> None:
         """Find out whether the ledger can be written to, for `up`."""
@@ -411,8 +358,3 @@ def _obstacle(path: str, *, writing: bool) -> str | None:
     if writing and not os.access(directory, os.W_OK | os.X_OK):
         return f"no permission to write to the directory {directory}"
     return None
-
-
-def _look_for_corruption(connection: Connection) -> None:
-    if connection.exec_driver_sql("PRAGMA quick_check(1)").scalar_one() != "ok":
-        raise schema.SchemaError("the file is corrupt")

@@ -14,6 +14,8 @@ from psycopg import pq
 from psycopg.abc import PQGen
 from psycopg.conninfo import make_conninfo
 
+from creatify_exporter.schema import SchemaError
+
 T = TypeVar("T")
 _REFUSAL = re.compile(rb'\tErrorResponse\t.* C "([0-9A-Z]{5})"')
 
@@ -28,26 +30,32 @@ class Connection(psycopg.Connection[tuple[Any, ...]]):
 
     def wait(self, gen: PQGen[T], interval: float = 0.1, timeout: float | None = None) -> T:
         """Wait for the server, as psycopg does, but not longer than `patience`."""
-        started = time.monotonic()
         try:
             return super().wait(gen, interval, self.patience if timeout is None else min(timeout, self.patience))
         except psycopg.OperationalError as error:
-            if error.sqlstate is not None:
-                raise
-            self.close()  # nothing that the server said: what it did with the statement is unknown
-            if time.monotonic() - started < self.patience:
-                raise
-            raise psycopg.OperationalError(f"no answer from the server within {self.patience:g} s") from error
+            if error.sqlstate is None:
+                self.close()  # nothing that the server said: what it did with the statement is unknown
+            raise
 
 
 def connect(patience: float, *arguments: Any, **parameters: Any) -> Connection:
-    """Connect with the parameters of libpq; raise psycopg.Error."""
-    connection = Connection.connect(*arguments, **parameters)
+    """Connect with the parameters of libpq; raise psycopg.Error, or SchemaError for a database that is not UTF-8."""
+    try:
+        connection = Connection.connect(*arguments, **parameters)
+    except psycopg.errors.ConnectionTimeout:
+        raise
+    except psycopg.OperationalError as error:
+        error.sqlstate = _refusal(patience, parameters)
+        raise
     connection.patience = patience
+    encoding = connection.info.parameter_status("server_encoding")
+    if encoding != "UTF8":
+        connection.close()
+        raise SchemaError(f"the database's encoding is {encoding}; make one with CREATE DATABASE ... ENCODING UTF8")
     return connection
 
 
-def refusal(timeout: float, parameters: dict[str, Any]) -> str | None:
+def _refusal(timeout: float, parameters: dict[str, Any]) -> str | None:
     """Log in once more, and return the SQLSTATE with which the server refuses it, None when it says none.
 
     psycopg and libpq keep only the text of a refused login, in the server's language. What the server sends can be

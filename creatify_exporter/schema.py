@@ -1,7 +1,5 @@
 """The ledger's tables, their versions, and how an older one becomes the current one."""
 
-from collections.abc import Callable
-
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
@@ -99,23 +97,18 @@ def found_version(connection: Connection) -> int | None:
     return int(versions[0])
 
 
-def lock(connection: Connection) -> None:
-    """Let no second replica create or upgrade the tables at the same time; SQLite has one writer anyway."""
+def prepare(connection: Connection) -> None:
+    """Create the tables, or upgrade older ones in place; raise SchemaError when that cannot be."""
     if connection.dialect.name == "postgresql":
+        # No second replica does the same at the same time; SQLite has one writer anyway.
         connection.execute(sa.select(sa.func.pg_advisory_xact_lock(0x63726561)))
-
-
-def create(connection: Connection) -> None:
-    """Create the tables."""
-    _metadata.create_all(connection)
-    connection.execute(sa.insert(version).values(version=SCHEMA_VERSION))
-
-
-def upgrade(connection: Connection, found: int) -> None:
-    """Bring the tables of version `found` to the current one, in place."""
-    for step in _UPGRADES[found - 1 :]:
-        step(connection)
-    connection.execute(sa.update(version).values(version=SCHEMA_VERSION))
+    found = found_version(connection)
+    if found is None:
+        _metadata.create_all(connection)
+        connection.execute(sa.insert(version).values(version=SCHEMA_VERSION))
+    elif found < SCHEMA_VERSION:
+        _upgrade_from_1(connection)
+        connection.execute(sa.update(version).values(version=SCHEMA_VERSION))
 
 
 def _upgrade_from_1(connection: Connection) -> None:
@@ -137,34 +130,15 @@ def _upgrade_from_1(connection: Connection) -> None:
             )
 
 
-_UPGRADES: tuple[Callable[[Connection], None], ...] = (_upgrade_from_1,)
+def try_tables(connection: Connection, *, writing: bool) -> None:
+    """Read a row of each table, so that a missing permission or a corrupt table is found at the start.
 
-
-def try_reading(connection: Connection) -> None:
-    """Read a row of each table, so that a missing permission or a corrupt table is found at the start."""
+    With `writing`, send each table one INSERT, UPDATE and DELETE that concern no row as well.
+    """
     for table in _metadata.sorted_tables:
         connection.execute(sa.select(table).limit(1)).all()
-
-
-def try_writing(connection: Connection) -> None:
-    """Send each table one INSERT, UPDATE and DELETE that concern no row, for the same reason."""
-    for table in _metadata.sorted_tables:
-        column = next(iter(table.c))
-        connection.execute(sa.insert(table).from_select(list(table.c), sa.select(table).where(sa.false())))
-        connection.execute(sa.update(table).where(sa.false()).values({column: column}))
-        connection.execute(sa.delete(table).where(sa.false()))
-
-
-def may_create(connection: Connection) -> bool:
-    """Return whether tables may be made in a PostgreSQL database."""
-    permission = sa.func.has_schema_privilege(sa.func.current_schema(), "CREATE")
-    return bool(connection.scalar(sa.select(permission)))
-
-
-def may_write(connection: Connection) -> bool:
-    """Return whether a PostgreSQL database lets us change every table of the ledger."""
-    return all(
-        connection.scalar(sa.select(sa.func.has_table_privilege(table.name, permission)))
-        for table in _metadata.sorted_tables
-        for permission in ("SELECT", "INSERT", "UPDATE", "DELETE")
-    )
+        if writing:
+            column = next(iter(table.c))
+            connection.execute(sa.insert(table).from_select(list(table.c), sa.select(table).where(sa.false())))
+            connection.execute(sa.update(table).where(sa.false()).values({column: column}))
+            connection.execute(sa.delete(table).where(sa.false()))
