@@ -2,10 +2,13 @@
 
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
 
 import msgspec
 
 from creatify_exporter.tasks import FINISHED, Task
+
+T = TypeVar("T")
 
 CHUNK = 1000
 
@@ -176,6 +179,6 @@ class Draft:
         return task_id in self._news or (slot is not None and bool(self._seen[slot]))
 
 
-def chunks(ids: Sequence[str]) -> Iterator[Sequence[str]]:
-    """Return the ids in pieces that one statement can take."""
-    return (ids[start : start + CHUNK] for start in range(0, len(ids), CHUNK))
+def chunks(rows: Sequence[T]) -> Iterator[Sequence[T]]:
+    """Return ids or rows in pieces that one statement can take."""
+    return (rows[start : start + CHUNK] for start in range(0, len(rows), CHUNK))

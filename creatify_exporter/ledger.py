@@ -13,62 +13,21 @@ Times are microseconds since the epoch, credits billionths, durations microsecon
 
 import threading
 from array import array
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Connection, Row
 
 from creatify_exporter import schema as db
-from creatify_exporter.database import (
-    Database,
-    LedgerError,
-    LedgerMissingError,
-    LedgerSupersededError,
-    LedgerUncertainError,
-    LedgerUnusableError,
-)
+from creatify_exporter.database import Database, LedgerError, LedgerSupersededError, LedgerUncertainError
 from creatify_exporter.draft import CHUNK, Draft, Known
-from creatify_exporter.recording import LONGEST_INTERVAL, Key, Policy, Recording, Total, steps
-from creatify_exporter.schema import BOUNDS, BUCKETS, bucket_label
+from creatify_exporter.recording import LONGEST_INTERVAL, Key, Policy, Recording, Total, Totals, steps
 from creatify_exporter.tasks import HOUR, SECOND
 
-__all__ = [
-    "BOUNDS",
-    "BUCKETS",
-    "Book",
-    "Key",
-    "Ledger",
-    "LedgerError",
-    "LedgerMissingError",
-    "LedgerUnusableError",
-    "Policy",
-    "Total",
-    "Totals",
-    "bucket_label",
-]
+__all__ = ["Book", "Key", "Ledger", "LedgerError", "Policy", "Totals"]
 
 _RIGHT = 5 * 60 * SECOND  # a clock that differs less from the API's is not wrong: listings take their time
-
-
-@dataclass(frozen=True, slots=True)
-class Totals:
-    """The committed counters of one workspace. `started` is None before the baseline.
-
-    `unsettled` tasks left the list before their end, and are asked for by id.
-    """
-
-    series: Mapping[Key, Total]
-    started: int | None
-    tasks: int
-    unsettled: int = 0
-
-    @property
-    def models(self) -> list[str]:
-        """The known models, first come first."""
-        return list(dict.fromkeys(key.model for key in self.series))
 
 
 class _ReplacedError(LedgerError):
@@ -159,14 +118,12 @@ class Book:
                 row = self._locked(tx)
                 _ask(still)
                 others = row.revision != self._revision
-                recording = Recording(tx, row, self._view(tx, row).series, policy, at, clock)
+                recording = Recording(tx, row, self._view(tx, row), policy, at, clock)
                 states = self._record(recording, draft, models, others=others) if draft else array("q")
                 recording.show(answered)
-                if recording.finish():
-                    row = self._locked(tx)
-                totals = self._view(tx, row)
+                revision, totals = recording.finish()
                 _ask(still)
-                return row.revision, totals, states, others
+                return revision, totals, states, others
 
             self._records = False
             try:
@@ -225,7 +182,7 @@ class Book:
     def due(self, policy: Policy, now: int) -> bool:
         """Return whether a commit would show a series, listing or not."""
         series, clock = self.totals.series if self.totals else {}, now - self._offset
-        return any(step.shown for step in steps(series, self._first_answers(clock), policy, clock))
+        return any(total.shown for _, total in steps(series, self._first_answers(clock), policy, clock))
 
     def answered(self, totals: Totals, now: int) -> None:
         """Take note that an answer at `now` carried the series of `totals`; a later transaction writes it."""
@@ -288,12 +245,9 @@ class Book:
 
     def _locked(self, tx: Connection) -> Row[Any]:
         """Return the workspace's row, locked until the end of the transaction; create it when there is none."""
-        query = sa.select(db.workspaces).where(db.workspaces.c.name == self._name).with_for_update()
-        row = tx.execute(query).first()
-        if row is None:
-            insert = sqlite.insert if tx.dialect.name == "sqlite" else postgresql.insert
-            tx.execute(insert(db.workspaces).values(name=self._name, revision=0, tasks=0).on_conflict_do_nothing())
-            row = tx.execute(query).one()
+        insert = "INSERT INTO workspaces (name, revision, tasks) VALUES (:name, 0, 0) ON CONFLICT DO NOTHING"
+        tx.execute(sa.text(insert), {"name": self._name})
+        row = tx.execute(sa.select(db.workspaces).where(db.workspaces.c.name == self._name).with_for_update()).one()
         if row.revision < self._revision:
             raise _ReplacedError("the ledger is older than it was: it was replaced; the next listing is merged anew")
         return row

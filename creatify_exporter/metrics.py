@@ -13,8 +13,9 @@ from prometheus_client.registry import Collector
 from prometheus_client.samples import Exemplar
 from prometheus_client.utils import floatToGoString
 
-from creatify_exporter.ledger import BOUNDS, Key, Totals, bucket_label
 from creatify_exporter.listing import Listing
+from creatify_exporter.recording import Key, Totals
+from creatify_exporter.schema import BOUNDS, bucket_label
 from creatify_exporter.tasks import NANO, SECOND
 
 _BOUNDS = [floatToGoString(bound) for bound in BOUNDS]

@@ -1,5 +1,9 @@
 """The ledger's tables, their versions, and how an older one becomes the current one."""
 
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any
+
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
@@ -142,3 +146,18 @@ def try_tables(connection: Connection, *, writing: bool) -> None:
             connection.execute(sa.insert(table).from_select(list(table.c), sa.select(table).where(sa.false())))
             connection.execute(sa.update(table).where(sa.false()).values({column: column}))
             connection.execute(sa.delete(table).where(sa.false()))
+
+
+def put(connection: Connection, table: sa.Table, rows: Sequence[Sequence[Any]]) -> None:
+    """Write whole rows, in the order of the columns, each over the one of the same key if there is one.
+
+    All rows in one statement take a third of the time of one after the other with parameters by name.
+    """
+    keys, names = table.primary_key.columns.keys(), table.columns.keys()
+    row = "({})".format(", ".join(["?" if connection.dialect.name == "sqlite" else "%s"] * len(names)))
+    updates = ", ".join(f"{name} = excluded.{name}" for name in names if name not in keys)
+    connection.exec_driver_sql(
+        f"INSERT INTO {table.name} ({', '.join(names)}) VALUES {', '.join([row] * len(rows))}"  # noqa: S608 - the names are those above
+        f" ON CONFLICT ({', '.join(keys)}) DO UPDATE SET {updates}",
+        tuple(chain.from_iterable(rows)),
+    )

@@ -6,8 +6,8 @@ Run `python -m docs.generate_metrics`; a test sees to it that doing so changes n
 from collections.abc import Sequence
 from pathlib import Path
 
-from creatify_exporter.ledger import BUCKETS
 from creatify_exporter.metrics import METRICS, Metric
+from creatify_exporter.schema import BUCKETS
 
 REFERENCE = Path(__file__).parent / "metrics.md"
 

@@ -19,10 +19,11 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
 from creatify_exporter.api import CAUSES
-from creatify_exporter.ledger import BUCKETS, Ledger
+from creatify_exporter.ledger import Ledger
 from creatify_exporter.listing import Listing, ModelLabels
 from creatify_exporter.metrics import METRICS, ExporterCollector, ExporterView, WorkspaceView, render
 from creatify_exporter.reasons import BUILT_IN, Classifier
+from creatify_exporter.schema import BUCKETS
 from creatify_exporter.stream import Page
 from creatify_exporter.tasks import TaskReader
 from docs import generate_metrics
