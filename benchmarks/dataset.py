@@ -6,7 +6,8 @@ little beside reading it; texts, times and outcomes repeat after a thousand task
 
 from collections.abc import Iterator
 
-from creatify_exporter.demo import Simulation, joined
+from creatify_exporter.demo import joined
+from tests.support.simulation import Simulation
 
 START = 1_790_000_000.0
 PERIOD = 1000

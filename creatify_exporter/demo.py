@@ -4,7 +4,6 @@ The life of a task is drawn when it arrives; what a listing shows of it depends 
 lists a window of the newest tasks, answers for each task by its id, and loses some that are deleted.
 """
 
-import base64
 import heapq
 import json
 import math
@@ -13,7 +12,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta, timezone
 from email.message import Message
@@ -21,14 +19,13 @@ from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from random import Random
-from socket import SHUT_RDWR, socket
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 from uuid import UUID
 
 CREDENTIALS = API_ID, API_KEY = "simulated-id", "simulated-key"
 LIST_PATH, BALANCE_PATH = "/sse/text_generator/", "/api/remaining_credits/"
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC).astimezone(timezone(timedelta(hours=-7)))
-_REFILL_BELOW, _REFILL = 50_000, 450_000  # hundredths of a credit
+_LEAST, _REFILL = 50_000, 450_000  # hundredths of a credit
 _SECOND = 1_000_000
 _REMEMBERED = 5000  # tasks that are answered for by their id, beyond the listed ones
 _WORDS = (
@@ -74,8 +71,9 @@ def _failures() -> tuple[Sequence[str | None], Sequence[int]]:
     return [*texts, None], [*texts.values(), 2]
 
 
-def _members(**members: object) -> bytes:
-    return json.dumps(members, ensure_ascii=False, separators=(",", ":")).encode()[1:-1]
+def members(**fields: object) -> bytes:
+    """Return members of a JSON object, without its braces."""
+    return json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()[1:-1]
 
 
 @cache
@@ -90,22 +88,11 @@ def _texts(record_size: int) -> tuple[Sequence[bytes], Sequence[bytes]]:
         turns = ["user", "model", "user"][: 1 if rank % 3 else 3]
         messages = [{"role": role, "content": prompt[n :: len(turns)]} for n, role in enumerate(turns)]
         config = {"temperature": 0.7, "max_output_tokens": 8192} if rank % 4 else {}
-        prompts.append(_members(messages=messages, system_instruction=system, config=config))
+        prompts.append(members(messages=messages, system_instruction=system, config=config))
         # Arguments are whatever a model made up, integers beyond 64 bits included.
         calls = [{"name": "render", "args": {"seed": 1 << rank, "scenes": [{"id": rank}]}}][: rank % 16 == 0]
-        answers.append(_members(response_text=answer, response_function_calls=calls))
+        answers.append(members(response_text=answer, response_function_calls=calls))
     return prompts, answers
-
-
-@cache
-def _media() -> Sequence[bytes]:
-    """Return serialised members for prompts with base64 parts, 131 kB on average."""
-    prompts = []
-    for size, mime in (24, "image/png"), (72, "image/jpeg"), (192, "video/mp4"):
-        data = base64.b64encode(Random(size).randbytes(size << 10)).decode()
-        parts = [{"type": "text", "text": "What is it?"}, {"type": mime[:5], "data": data, "mime_type": mime}]
-        prompts.append(_members(messages=[{"role": "user", "content": parts}], config={}))
-    return prompts
 
 
 def _stamp(microseconds: int) -> str:
@@ -141,7 +128,7 @@ class Life:
         tail = f'"credits_used":{credits_used},"created_at":"{_stamp(self.created)}"'
         parts = [head, self.prompt, f'"status":"{status}"'.encode()]
         if status == "failed" and self.failure_text is not None:
-            parts.append(_members(failed_reason=self.failure_text))
+            parts.append(members(failed_reason=self.failure_text))
         parts.append(self.answer if status == "done" else b'"response_text":"","response_function_calls":[]')
         return b",".join((*parts, f'{tail},"updated_at":"{_stamp(updated)}"}}'.encode()))
 
@@ -157,7 +144,6 @@ class Simulation:
     window: int | None = None  # the server lists so many of the newest tasks; None: all
     models: Sequence[Model] = MODELS
     record_size: int = 2700  # bytes, mean
-    media_share: float = 0.002  # of the tasks carry base64 parts of 131 kB, mean
     deleted_share: float = 0.0  # of the tasks are deleted while they run
     slow_share: float = 0.0  # of the tasks run twenty times as long
     spikes: Sequence[Spike] = ()
@@ -166,8 +152,8 @@ class Simulation:
         self._random, self._rare, self._lock = Random(self.seed), Random(self.seed + 1), threading.RLock()
         self.tasks: deque[Life] = deque(maxlen=self.window)
         self._remembered: dict[str, Life] = {}
-        self._events: list[tuple[int, str, bool, Life]] = []
-        self._hundredths = _REFILL + _REFILL_BELOW
+        self._charges: list[tuple[int, int]] = []  # when, and how much
+        self._charged = 0
         self._origin = self._reached = round(self.start * _SECOND)
         gaps = [self._gap() for _ in range(self.history)]
         self._next = self._origin - sum(gaps)
@@ -185,7 +171,7 @@ class Simulation:
         )
 
     def _arrive(self, at: int) -> None:
-        random, (prompts, answers), since = self._random, _texts(self.record_size), at - self._origin
+        random, since = self._random, at - self._origin
         model = random.choices(self.models, [m.weight * (since >= m.since * _SECOND) for m in self.models])[0]
         started = at + random.randrange(200_000, 3_000_000)
         duration = min(max(random.lognormvariate(math.log(model.duration), 0.6), 0.3), 60)
@@ -208,15 +194,18 @@ class Simulation:
             outcome="failed" if failed else "done",
             failure_text=text and text.replace("#", number) if failed else None,
             hundredths=model.hundredths * random.randrange(1, 5) * (charged_early or not failed),
-            prompt=random.choice(_media() if random.random() < self.media_share else prompts),
-            answer=random.choice(answers),
+            prompt=self._prompt(),
+            answer=random.choice(_texts(self.record_size)[1]),
         )
         self.tasks.append(life)
         self._remembered[life.id] = life
         if len(self._remembered) > len(self.tasks) + _REMEMBERED:
             del self._remembered[next(iter(self._remembered))]
-        heapq.heappush(self._events, (life.charged, life.id, False, life))
-        heapq.heappush(self._events, (life.finished, life.id, True, life))
+        if life.charged < life.deleted:
+            heapq.heappush(self._charges, (life.charged, life.hundredths))
+
+    def _prompt(self) -> bytes:
+        return self._random.choice(_texts(self.record_size)[0])
 
     def advance(self, now: float) -> int:
         """Play everything up to a time, in steps of any size; return the time reached in microseconds."""
@@ -225,22 +214,15 @@ class Simulation:
             while self._next <= reached:
                 self._arrive(self._next)
                 self._next += self._gap()
-            while self._events and self._events[0][0] <= reached:
-                at, _, is_end, life = heapq.heappop(self._events)
-                if at < life.deleted:
-                    self._happen(life, is_end=is_end)
+            while self._charges and self._charges[0][0] <= reached:
+                self._charged += heapq.heappop(self._charges)[1]
             return reached
-
-    def _happen(self, life: Life, *, is_end: bool) -> None:
-        """Let a task end, or be charged."""
-        if not is_end:
-            self._hundredths += _REFILL * (self._hundredths < _REFILL_BELOW) - life.hundredths
 
     def balance(self, now: float) -> float:
         """Return the credits left; refilled when they run low."""
         with self._lock:
             self.advance(now)
-            return self._hundredths / 100
+            return (_LEAST + _REFILL - self._charged % _REFILL) / 100
 
     def listing(self, now: float) -> Iterator[bytes]:
         """Return the chunks of the JSON array at a time, newest task first, made as they are read."""
@@ -268,7 +250,7 @@ def joined(records: Iterator[bytes]) -> Iterator[bytes]:
 
 
 class _Handler(BaseHTTPRequestHandler):
-    server: "_Server"
+    server: "Server"
     protocol_version, disable_nagle_algorithm, wbufsize = "HTTP/1.1", True, 1 << 16
 
     def do_GET(self) -> None:
@@ -290,19 +272,14 @@ class _Handler(BaseHTTPRequestHandler):
         """Stay silent."""
 
 
-class _Server(ThreadingHTTPServer):
+class Server(ThreadingHTTPServer):
+    """The HTTP server of a simulated API."""
+
     daemon_threads, request_queue_size = True, 256
     api: "SimulatedApi"
 
-    def process_request(self, request: Any, client_address: Any) -> None:
-        self.api.connections.add(request)
-        super().process_request(request, client_address)
-
-    def shutdown_request(self, request: Any) -> None:
-        self.api.connections.discard(request)
-        super().shutdown_request(request)
-
     def handle_error(self, request: Any, client_address: Any) -> None:
+        """Report an error of ours."""
         if not isinstance(sys.exception(), OSError):  # a client that went away is none
             super().handle_error(request, client_address)
 
@@ -313,10 +290,10 @@ class SimulatedApi:
 
     workspaces: Mapping[tuple[str, str], Simulation]
     clock: Callable[[], float] = time.time
+    server: ClassVar[type[Server]] = Server
 
     def __post_init__(self) -> None:
-        self.connections: set[socket] = set()
-        self._server = _Server(("127.0.0.1", 0), _Handler)
+        self._server = self.server(("127.0.0.1", 0), _Handler)
         self._server.api = self
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
@@ -344,9 +321,6 @@ class SimulatedApi:
         self._server.shutdown()
         self._thread.join()
         self._server.server_close()
-        for connection in list(self.connections):
-            with suppress(OSError):
-                connection.shutdown(SHUT_RDWR)
 
 
 SPIKE = Spike(90, 330, "gemini-2.5-pro", 0.9)

@@ -1,10 +1,16 @@
 """The demo's API for tests: with an account of what really happened, spikes on demand, and faults."""
 
+import base64
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from email.message import Message
 from email.utils import formatdate
+from functools import cache
+from random import Random
+from socket import SHUT_RDWR, socket
+from typing import Any, ClassVar
 
 from creatify_exporter import demo
 from creatify_exporter.demo import Life, Spike
@@ -32,27 +38,33 @@ class Truth:
         return replace(self, **growth | {"listed": self.listed})
 
 
+@cache
+def _media() -> Sequence[bytes]:
+    """Return serialised members for prompts with base64 parts, 131 kB on average."""
+    prompts = []
+    for size, mime in (24, "image/png"), (72, "image/jpeg"), (192, "video/mp4"):
+        data = base64.b64encode(Random(size).randbytes(size << 10)).decode()
+        parts = [{"type": "text", "text": "What is it?"}, {"type": mime[:5], "data": data, "mime_type": mime}]
+        prompts.append(demo.members(messages=[{"role": "user", "content": parts}], config={}))
+    return prompts
+
+
 @dataclass
 class Simulation(demo.Simulation):
-    """Simulate a workspace, and keep the account."""
+    """Simulate a workspace, and keep the account; a share of the tasks carries base64 parts of 131 kB, mean."""
+
+    media_share: float = 0.002
 
     def __post_init__(self) -> None:
-        self._truth = Truth()
+        self._lives: list[Life] = []
         super().__post_init__()
 
     def _arrive(self, at: int) -> None:
         super()._arrive(at)
-        self._truth.submitted[self.tasks[-1].model] += 1
+        self._lives.append(self.tasks[-1])
 
-    def _happen(self, life: Life, *, is_end: bool) -> None:
-        super()._happen(life, is_end=is_end)
-        key, truth = (life.model, life.outcome), self._truth
-        if not is_end:
-            truth.hundredths[life.model] += life.hundredths
-            return
-        truth.finished[key] += 1
-        truth.microseconds[key] += life.finished - life.created
-        truth.failures[life.model, life.failure_text] += life.outcome == "failed"
+    def _prompt(self) -> bytes:
+        return self._random.choice(_media()) if self._random.random() < self.media_share else super()._prompt()
 
     def spike(self, start: float, duration: float, model: str | None = None, ratio: float = 0.9) -> None:
         """Fail this ratio of the tasks that arrive from now on within that time, on one model or on all."""
@@ -63,7 +75,7 @@ class Simulation(demo.Simulation):
         """Return the time reached in microseconds, and the tasks that are listed then."""
         with self._lock:
             reached = self.advance(now)
-            return reached, [life for life in self.tasks if reached < life.deleted]
+            return reached, self._listed(reached)
 
     def end_arrivals(self) -> None:
         """Let no more tasks arrive."""
@@ -74,8 +86,41 @@ class Simulation(demo.Simulation):
         """Return the account at a time."""
         with self._lock:
             reached = self.advance(now)
-            listed = Counter((life.model, life.status(reached)) for life in self.tasks if reached < life.deleted)
-            return replace(self._truth.since(Truth()), listed=listed)
+            truth = Truth(listed=Counter((life.model, life.status(reached)) for life in self._listed(reached)))
+            for life in self._lives:
+                truth.submitted[life.model] += 1
+                until = min(reached, life.deleted - 1)
+                truth.hundredths[life.model] += life.hundredths * (life.charged <= until)
+                if life.finished <= until:
+                    truth.finished[life.model, life.outcome] += 1
+                    truth.microseconds[life.model, life.outcome] += life.finished - life.created
+                    truth.failures[life.model, life.failure_text] += life.outcome == "failed"
+            return truth.since(Truth())
+
+    def _listed(self, reached: int) -> list[Life]:
+        return [life for life in self.tasks if reached < life.deleted]
+
+
+class _Server(demo.Server):
+    """Break the connections that are open when it is closed."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._connections: set[socket] = set()
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        self._connections.add(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        self._connections.discard(request)
+        super().shutdown_request(request)
+
+    def server_close(self) -> None:
+        super().server_close()
+        for connection in list(self._connections):
+            with suppress(OSError):
+                connection.shutdown(SHUT_RDWR)
 
 
 @dataclass
@@ -89,6 +134,7 @@ class SimulatedApi(demo.SimulatedApi):
     workspaces: Mapping[tuple[str, str], Simulation]
     fault: Callable[[str], tuple[int, dict[str, str]] | None] | None = None
     offset: float | None = None
+    server: ClassVar[type[demo.Server]] = _Server
 
     def __post_init__(self) -> None:
         super().__post_init__()
