@@ -9,7 +9,8 @@ accepts, with the same fields, so neither the verdict nor the records depend on 
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+import sys
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -48,10 +49,6 @@ class MalformedBodyError(ValueError):
     """Say that a body is no list of records; the message never quotes the body."""
 
 
-class _IncompleteError(Exception):
-    """Say that the buffer ends before the value does."""
-
-
 class Page:
     """Iterate over the records of one body: a bare array, or an envelope with `results` and perhaps `next`.
 
@@ -69,37 +66,37 @@ class Page:
         self._fill(3)
         if self._buffer.startswith(b"\xef\xbb\xbf"):
             del self._buffer[:3]
-        self._skip_space()
-        if self._buffer.startswith(b"["):
+        first, start = self._token(0)
+        del self._buffer[:start]
+        if first == b"[":
             yield from self._array()
-        elif self._buffer.startswith(b"{"):
+        elif first == b"{":
             yield from self._envelope()
         else:
             raise MalformedBodyError("the body is neither a JSON array nor a JSON object")
-        self._skip_space()
-        if self._buffer:
+        if self._token(0)[0]:
             raise MalformedBodyError("the body goes on after its JSON value")
 
     def _envelope(self) -> Iterator[list[Record | None]]:
+        """Yield the records of the envelope at the start of the buffer; the buffer starts with its brace or a comma."""
         buffer, found = self._buffer, False
-        del buffer[:1]
-        more = self._parse(_first, 0)[0] != b"}"
+        more = self._token(1)[0] != b"}"
         while more:
-            key, start = self._parse(_key, 0)
+            key, start = self._key()
             end = 0
             if key == "results":
-                if found or buffer[start] != ord("["):
+                if found or buffer[start : start + 1] != b"[":
                     raise MalformedBodyError("the page's results are not one array")
                 found = True
                 del buffer[:start]
                 yield from self._array()
-            elif key == "next":
-                self.next, end = self._parse(_link, start)
             else:
-                end = self._parse(_value_end, start)
-                _load(_cut(buffer, start, end))
-            more, end = self._parse(_goes_on, end, b"}")
-            del buffer[:end]
+                end = self._value_end(start, _MAX_LINK if key == "next" else sys.maxsize)
+                value = _load(_cut(buffer, start, end))
+                if key == "next":
+                    self.next = _link(value)
+            more, end = self._goes_on(end, b"}")
+            del buffer[: end - more]
         if not found:
             raise MalformedBodyError("the body is a JSON object without results")
 
@@ -109,7 +106,7 @@ class Page:
         The buffer starts with `[` all the time: it takes the place of the comma after a batch, so nothing is moved.
         """
         buffer, window, boundary = self._buffer, _WINDOW, _Boundary()
-        first, start = self._parse(_first, 1)
+        first, start = self._token(1)
         more = first != b"]"
         if not more:
             del buffer[: start + 1]
@@ -122,8 +119,8 @@ class Page:
                 continue
             # After a refusal guess nearer, so that one odd record does not send a whole window to the slow path.
             window = max(window // 2, _MIN_WINDOW) if comma > 0 else min(2 * window, _WINDOW)
-            record, end = self._parse(_element, 1)
-            more, after = self._parse(_goes_on, end, b"]")
+            record, end = self._element()
+            more, after = self._goes_on(end, b"]")
             if more:
                 boundary.learn(buffer, end - 1)
                 after -= 1
@@ -135,34 +132,65 @@ class Page:
         """Decode the records up to the guessed comma and drop them from the buffer, or return None and leave it."""
         buffer = self._buffer
         buffer[comma] = ord("]")
-        batch = _strict(_BATCH, buffer, 0, comma + 1)
+        batch = _strict(_BATCH, buffer, comma + 1)
         buffer[comma] = ord(",") if batch is None else ord("[")
         if batch is not None:
             del buffer[:comma]
         return batch
 
-    def _parse(self, step: Callable[..., _T], position: int, *more: bytes) -> _T:
-        """Return what `step` finds at `position`, with as much more of the body in the buffer as it needs."""
-        while True:
-            with suppress(_IncompleteError):
-                return step(self._buffer, position, *more)
+    def _element(self) -> tuple[Record | None, int]:
+        """Return the first element of the array, None if it is no object, and where it ends."""
+        first, start = self._token(1)
+        end = self._value_end(start)
+        token = _cut(self._buffer, start, end)
+        record = _strict(_RECORD, token, len(token)) if first == b"{" else None
+        if record is None:
+            value = _load(token)
+            if isinstance(value, dict):
+                record = Record(**{name: value[name] for name in Record.__struct_fields__ if name in value})
+        return record, end
+
+    def _key(self) -> tuple[object, int]:
+        """Return the first key of the object and where its value starts."""
+        quote, start = self._token(1)
+        end = self._value_end(start)
+        colon, after = self._token(end)
+        if (quote, colon) != (b'"', b":"):
+            raise MalformedBodyError("the body has no key where one belongs")
+        return _load(self._buffer[start:end]), self._token(after + 1)[1]
+
+    def _goes_on(self, position: int, closing: bytes) -> tuple[bool, int]:
+        """Tell whether a comma follows, or else the closing bracket, and where that ends."""
+        found, position = self._token(position)
+        if found not in (b",", closing):
+            raise MalformedBodyError("the body is not valid JSON")
+        return found == b",", position + 1
+
+    def _token(self, position: int) -> tuple[bytes, int]:
+        """Return the first byte from `position` on that is no space, empty at the body's end, and where it is."""
+        while not (found := _NO_SPACE.search(self._buffer, position)):
             if self._ended:
-                raise MalformedBodyError("the body ends before its JSON value does")
+                return b"", len(self._buffer)
+            del self._buffer[position:]
+            self._fill(position + 1)
+        return found[0], found.start()
+
+    def _value_end(self, start: int, limit: int = sys.maxsize) -> int:
+        """Return where the value at `start` ends; refuse a longer one than `limit` without waiting for its end."""
+        while (end := _value_end(self._buffer, start)) < 0 and not self._ended and len(self._buffer) - start <= limit:
             # Doubling keeps the work for one long value linear.
             self._fill(max(2 * len(self._buffer), _MIN_WINDOW))
+        if (len(self._buffer) if end < 0 else end) - start > limit:
+            raise MalformedBodyError("the page's link to the next one is too long")
+        if end < 0:
+            raise MalformedBodyError("the body ends before its JSON value does")
+        return end
 
     def _fill(self, size: int) -> None:
         while len(self._buffer) < size and not self._ended:
             chunk = next(self._chunks, None)
             self._ended = chunk is None
             self._buffer += chunk or b""
-
-    def _skip_space(self) -> None:
-        while True:
-            self._fill(1)
-            self._buffer[:] = self._buffer.lstrip(b" \t\n\r")
-            if self._buffer or self._ended:
-                return
 
 
 class _Boundary:
@@ -192,82 +220,25 @@ class _Boundary:
         return -1
 
 
-# Each of these takes the buffer and a position, and raises _IncompleteError if the buffer ends too soon.
-
-
-def _first(buffer: bytearray, position: int) -> tuple[bytes, int]:
-    """Return the first byte that is no space, and where it is."""
-    found = _NO_SPACE.search(buffer, position)
-    if not found:
-        raise _IncompleteError
-    return found[0], found.start()
-
-
-def _element(buffer: bytearray, position: int) -> tuple[Record | None, int]:
-    """Return the element of the list at `position`, None if it is no object, and where it ends."""
-    first, start = _first(buffer, position)
-    end = _value_end(buffer, start)
-    token = _cut(buffer, start, end)
-    record = _strict(_RECORD, token, 0, len(token)) if first == b"{" else None
-    if record is None:
-        value = _load(token)
-        if isinstance(value, dict):
-            record = Record(**{name: value[name] for name in Record.__struct_fields__ if name in value})
-    return record, end
-
-
-def _key(buffer: bytearray, position: int) -> tuple[object, int]:
-    """Return the key at `position` and where its value starts."""
-    first, start = _first(buffer, position)
-    end = _value_end(buffer, start)
-    colon, after = _first(buffer, end)
-    if first != b'"' or colon != b":":
-        raise MalformedBodyError("the body has no key where one belongs")
-    return _load(buffer[start:end]), _first(buffer, after + 1)[1]
-
-
-def _link(buffer: bytearray, start: int) -> tuple[str | None, int]:
-    """Return the link to the next page, and where it ends; refuse a long one without waiting for its end."""
-    try:
-        end = _value_end(buffer, start)
-    except _IncompleteError:
-        end = len(buffer)
-        if end - start <= _MAX_LINK:
-            raise
-    if end - start > _MAX_LINK:
-        raise MalformedBodyError("the page's link to the next one is too long")
-    link = _load(buffer[start:end])
-    if link is not None and not isinstance(link, str):
-        raise MalformedBodyError("the page's link to the next one is no text")
-    return link or None, end
+# These return -1 if the buffer ends too soon.
 
 
 def _value_end(buffer: bytearray, start: int) -> int:
     """Return where the value at `start` ends, if it is one."""
-    first = buffer[start]
-    if first == ord('"'):
+    first = bytes(buffer[start : start + 1])
+    if first == b'"':
         return _string_end(buffer, start + 1)
-    if first in b"{[":
+    if first in (b"{", b"["):
         depth = 0
         for place in _brackets(buffer, start):
             depth += 1 if buffer[place] in b"{[" else -1
             if not depth:
                 return place + 1
-        raise _IncompleteError
+        return -1
     found = _NO_SCALAR.search(buffer, start)
-    if not found:
-        raise _IncompleteError
-    if found.start() == start:
+    if found and found.start() == start:
         raise MalformedBodyError("the body is not valid JSON")
-    return found.start()
-
-
-def _goes_on(buffer: bytearray, position: int, closing: bytes) -> tuple[bool, int]:
-    """Tell whether a comma follows, or else the closing bracket, and where that ends."""
-    found, position = _first(buffer, position)
-    if found not in (b",", closing):
-        raise MalformedBodyError("the body is not valid JSON")
-    return found == b",", position + 1
+    return found.start() if found else -1
 
 
 def _brackets(buffer: bytearray, position: int) -> Iterator[int]:
@@ -277,9 +248,9 @@ def _brackets(buffer: bytearray, position: int) -> Iterator[int]:
 
 def _marks(buffer: bytearray, position: int, end: int) -> Iterator[tuple[int, int]]:
     """Yield where the strings, and the brackets outside them, begin and end."""
-    while found := _MARK.search(buffer, position, end):
+    while position >= 0 and (found := _MARK.search(buffer, position, end)):
         position = found.end()
-        if buffer[position - 1] == ord('"'):
+        if found[0] == b'"':
             position = _string_end(buffer, position)
         yield found.start(), position
 
@@ -293,7 +264,7 @@ def _string_end(buffer: bytearray, start: int) -> int:
     for found in _TEXT.finditer(buffer, start) if end >= 0 else ():
         if buffer.startswith(b'"', found.end()):
             return found.end() + 1
-    raise _IncompleteError
+    return -1
 
 
 # These read values that are complete.
@@ -313,13 +284,19 @@ def _cut(buffer: bytearray, start: int, end: int) -> bytearray:
     return value + buffer[start:end]
 
 
-def _strict(decoder: msgspec.json.Decoder[_T], buffer: bytearray, start: int, end: int) -> _T | None:
-    """Decode a slice without a copy; return None for what is not strictly valid."""
+def _strict(decoder: msgspec.json.Decoder[_T], buffer: bytearray, end: int) -> _T | None:
+    """Decode the bytes up to `end` without a copy; return None for what is not strictly valid."""
     try:
-        with memoryview(buffer) as view, view[start:end] as part:
+        with memoryview(buffer) as view, view[:end] as part:
             return decoder.decode(part)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return None
+
+
+def _link(value: object) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise MalformedBodyError("the page's link to the next one is no text")
+    return value or None
 
 
 def _integer(token: str) -> int | float:
