@@ -4,7 +4,6 @@ import re
 from collections.abc import Callable, Container, Iterable
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
-from functools import lru_cache
 from typing import Any
 
 import msgspec
@@ -35,10 +34,7 @@ _RFC3339 = re.compile(
     r"[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt ][0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]+)?([Zz]|[+-][0-9]{2}:[0-9]{2})?"
 )
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_NAIVE_EPOCH = datetime(1970, 1, 1)
 _MICROSECOND = timedelta(microseconds=1)
-_OFFSET = re.compile("[+-]([01][0-9]|2[0-3]):[0-5][0-9]")
-_SHORTEST = len("2026-01-01+00:00")
 
 
 class Record(msgspec.Struct, gc=False):
@@ -168,18 +164,8 @@ def microseconds(stamp: object) -> int | None:
     """
     if type(stamp) is not str or not _RFC3339.fullmatch(stamp):
         return None
-    # A listing's stamps share one or two offsets; time zones as objects would take half of the time.
-    offset = _offset(stamp[-6:]) if len(stamp) > _SHORTEST else None
     try:
-        if offset is not None:
-            return (datetime.fromisoformat(stamp[:-6]) - _NAIVE_EPOCH - offset) // _MICROSECOND
         moment = datetime.fromisoformat(stamp.upper())
-    except (ValueError, TypeError):
+        return ((moment if moment.tzinfo else moment.replace(tzinfo=UTC)) - _EPOCH) // _MICROSECOND
+    except (ValueError, OverflowError):
         return None
-    return ((moment if moment.tzinfo else moment.replace(tzinfo=UTC)) - _EPOCH) // _MICROSECOND
-
-
-@lru_cache(maxsize=4096)
-def _offset(text: str) -> timedelta | None:
-    """Return what `+HH:MM` or `-HH:MM` stands for, None for anything else."""
-    return datetime.strptime(text, "%z").utcoffset() if _OFFSET.fullmatch(text) else None
