@@ -28,10 +28,6 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC).astimezone(timezone(timedelta(hours=-7
 _LEAST, _REFILL = 50_000, 450_000  # hundredths of a credit
 _SECOND = 1_000_000
 _REMEMBERED = 5000  # tasks that are answered for by their id, beyond the listed ones
-_WORDS = (
-    'product launch video hook scene "call to action" voiceover upbeat warm light close-up jump cut caption '
-    'offer discount café naïve 日本語 🎬 \\frame {scene:1} [beat] 100% 3-5s \n• \t},{"id":"x"} brand tone'
-)
 
 
 @dataclass(frozen=True)
@@ -76,23 +72,8 @@ def members(**fields: object) -> bytes:
     return json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()[1:-1]
 
 
-@cache
-def _texts(record_size: int) -> tuple[Sequence[bytes], Sequence[bytes]]:
-    """Return serialised members for prompts and answers, sizes spread exponentially around the mean."""
-    random, prompts, answers = Random(record_size), [], []
-    corpus = " ".join(random.choices(_WORDS.split(" "), k=20_000))
-    for rank in range(128):
-        length = int(max(record_size - 400, 0) * -math.log(1 - (rank + 0.5) / 128) * 0.44)
-        at = random.randrange(50_000)
-        prompt, system, answer = (corpus[at : at + n] for n in (length, length // 4, length * 7 // 8))
-        turns = ["user", "model", "user"][: 1 if rank % 3 else 3]
-        messages = [{"role": role, "content": prompt[n :: len(turns)]} for n, role in enumerate(turns)]
-        config = {"temperature": 0.7, "max_output_tokens": 8192} if rank % 4 else {}
-        prompts.append(members(messages=messages, system_instruction=system, config=config))
-        # Arguments are whatever a model made up, integers beyond 64 bits included.
-        calls = [{"name": "render", "args": {"seed": 1 << rank, "scenes": [{"id": rank}]}}][: rank % 16 == 0]
-        answers.append(members(response_text=answer, response_function_calls=calls))
-    return prompts, answers
+_PROMPT = members(messages=[{"role": "user", "content": "A hook for our product launch"}], config={})
+_ANSWER = members(response_text="Stop scrolling: this one is new.", response_function_calls=[])
 
 
 def _stamp(microseconds: int) -> str:
@@ -113,8 +94,7 @@ class Life:
     outcome: str
     failure_text: str | None
     hundredths: int
-    prompt: bytes
-    answer: bytes
+    content: tuple[bytes, bytes]
 
     def status(self, now: int) -> str:
         """Return the status that the API reports at a time."""
@@ -126,10 +106,10 @@ class Life:
         updated = max(t for t in (self.created, self.started, self.charged, self.finished) if t <= now)
         head = f'{{"id":"{self.id}","model_name":"{self.model}"'.encode()
         tail = f'"credits_used":{credits_used},"created_at":"{_stamp(self.created)}"'
-        parts = [head, self.prompt, f'"status":"{status}"'.encode()]
+        parts = [head, self.content[0], f'"status":"{status}"'.encode()]
         if status == "failed" and self.failure_text is not None:
             parts.append(members(failed_reason=self.failure_text))
-        parts.append(self.answer if status == "done" else b'"response_text":"","response_function_calls":[]')
+        parts.append(self.content[1] if status == "done" else b'"response_text":"","response_function_calls":[]')
         return b",".join((*parts, f'{tail},"updated_at":"{_stamp(updated)}"}}'.encode()))
 
 
@@ -143,7 +123,6 @@ class Simulation:
     history: int = 0  # tasks that exist at the start
     window: int | None = None  # the server lists so many of the newest tasks; None: all
     models: Sequence[Model] = MODELS
-    record_size: int = 2700  # bytes, mean
     deleted_share: float = 0.0  # of the tasks are deleted while they run
     slow_share: float = 0.0  # of the tasks run twenty times as long
     spikes: Sequence[Spike] = ()
@@ -194,8 +173,7 @@ class Simulation:
             outcome="failed" if failed else "done",
             failure_text=text and text.replace("#", number) if failed else None,
             hundredths=model.hundredths * random.randrange(1, 5) * (charged_early or not failed),
-            prompt=self._prompt(),
-            answer=random.choice(_texts(self.record_size)[1]),
+            content=self._content(),
         )
         self.tasks.append(life)
         self._remembered[life.id] = life
@@ -204,8 +182,9 @@ class Simulation:
         if life.charged < life.deleted:
             heapq.heappush(self._charges, (life.charged, life.hundredths))
 
-    def _prompt(self) -> bytes:
-        return self._random.choice(_texts(self.record_size)[0])
+    def _content(self) -> tuple[bytes, bytes]:
+        """Return the serialised members for a prompt and its answer."""
+        return _PROMPT, _ANSWER
 
     def advance(self, now: float) -> int:
         """Play everything up to a time, in steps of any size; return the time reached in microseconds."""

@@ -1,6 +1,7 @@
 """The demo's API for tests: with an account of what really happened, spikes on demand, and faults."""
 
 import base64
+import math
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -38,6 +39,31 @@ class Truth:
         return replace(self, **growth | {"listed": self.listed})
 
 
+_WORDS = (
+    'product launch video hook scene "call to action" voiceover upbeat warm light close-up jump cut caption '
+    'offer discount café naïve 日本語 🎬 \\frame {scene:1} [beat] 100% 3-5s \n• \t},{"id":"x"} brand tone'
+)
+
+
+@cache
+def _texts(record_size: int) -> tuple[Sequence[bytes], Sequence[bytes]]:
+    """Return serialised members for prompts and answers, sizes spread exponentially around the mean."""
+    random, prompts, answers = Random(record_size), [], []
+    corpus = " ".join(random.choices(_WORDS.split(" "), k=20_000))
+    for rank in range(128):
+        length = int(max(record_size - 400, 0) * -math.log(1 - (rank + 0.5) / 128) * 0.44)
+        at = random.randrange(50_000)
+        prompt, system, answer = (corpus[at : at + n] for n in (length, length // 4, length * 7 // 8))
+        turns = ["user", "model", "user"][: 1 if rank % 3 else 3]
+        messages = [{"role": role, "content": prompt[n :: len(turns)]} for n, role in enumerate(turns)]
+        config = {"temperature": 0.7, "max_output_tokens": 8192} if rank % 4 else {}
+        prompts.append(demo.members(messages=messages, system_instruction=system, config=config))
+        # Arguments are whatever a model made up, integers beyond 64 bits included.
+        calls = [{"name": "render", "args": {"seed": 1 << rank, "scenes": [{"id": rank}]}}][: rank % 16 == 0]
+        answers.append(demo.members(response_text=answer, response_function_calls=calls))
+    return prompts, answers
+
+
 @cache
 def _media() -> Sequence[bytes]:
     """Return serialised members for prompts with base64 parts, 131 kB on average."""
@@ -53,6 +79,7 @@ def _media() -> Sequence[bytes]:
 class Simulation(demo.Simulation):
     """Simulate a workspace, and keep the account; a share of the tasks carries base64 parts of 131 kB, mean."""
 
+    record_size: int = 2700  # bytes, mean
     media_share: float = 0.002
 
     def __post_init__(self) -> None:
@@ -63,8 +90,10 @@ class Simulation(demo.Simulation):
         super()._arrive(at)
         self._lives.append(self.tasks[-1])
 
-    def _prompt(self) -> bytes:
-        return self._random.choice(_media()) if self._random.random() < self.media_share else super()._prompt()
+    def _content(self) -> tuple[bytes, bytes]:
+        prompts, answers = _texts(self.record_size)
+        prompt = self._random.choice(_media() if self._random.random() < self.media_share else prompts)
+        return prompt, self._random.choice(answers)
 
     def spike(self, start: float, duration: float, model: str | None = None, ratio: float = 0.9) -> None:
         """Fail this ratio of the tasks that arrive from now on within that time, on one model or on all."""
