@@ -55,7 +55,7 @@ class LedgerMissingError(LedgerUnusableError):
 
 
 class LedgerUncertainError(LedgerError):
-    """The answer to a COMMIT was lost: whether it took effect is to be looked up."""
+    """The ledger may hold something else than what is known, such as after a lost answer to a COMMIT: read it anew."""
 
 
 class LedgerSupersededError(LedgerError):

@@ -11,6 +11,8 @@ from creatify_exporter.tasks import FINISHED, Task
 T = TypeVar("T")
 
 CHUNK = 1000
+_ABSENT = -(2**63)
+_COLUMNS = 4
 
 
 class Known:
@@ -68,8 +70,6 @@ class Draft:
     `ask` finds the tasks to ask for by id, given the draft, the most it may return, and the times of `missing`.
     """
 
-    _ABSENT = -(2**63)
-
     def __init__(self, known: Known, ask: "Callable[[Draft, int, int, int | None], list[str]] | None" = None) -> None:
         self.known = known
         self.answers: dict[str, Change | None] = {}
@@ -78,9 +78,9 @@ class Draft:
         """The tasks asked for in vain."""
         self._ask = ask
         self._seen = bytearray(len(known.states))
-        # The tasks that are news, by column: as whole objects a million would take three times the memory.
+        # The tasks that are news, as rows of numbers: as whole objects a million would take three times the memory.
         self._news: dict[str, int] = {}
-        self._credits, self._created, self._duration, self._word = array("q"), array("q"), array("q"), array("I")
+        self._numbers = array("q")
         self._words: dict[tuple[str, str, str | None], int] = {}
         self._order: list[str] = []
         self.departed: list[str] = []
@@ -102,12 +102,10 @@ class Draft:
                 state = states[slot]
                 if task.credits <= state >> 1 and (state & 1 or task.status not in FINISHED):
                     continue
-            created, duration = task.times()
+            created, duration = (_ABSENT if time is None else time for time in task.times())
+            word = self._words.setdefault((task.model, task.status, task.reason), len(self._words))
             news[task.id] = len(news)
-            self._credits.append(task.credits)
-            self._created.append(self._ABSENT if created is None else created)
-            self._duration.append(self._ABSENT if duration is None else duration)
-            self._word.append(self._words.setdefault((task.model, task.status, task.reason), len(self._words)))
+            self._numbers.extend((task.credits, created, duration, word))
         return fresh
 
     def complete(self) -> None:
@@ -120,15 +118,10 @@ class Draft:
         return ([self._change(task_id, words) for task_id in ids] for ids in chunks(self._order))
 
     def _change(self, task_id: str, words: Sequence[tuple[str, str, str | None]]) -> Change:
-        row = self._news[task_id]
-        created, duration = self._created[row], self._duration[row]
-        return Change(
-            task_id,
-            *words[self._word[row]],
-            self._credits[row],
-            None if created == self._ABSENT else created,
-            None if duration == self._ABSENT else duration,
-        )
+        start = _COLUMNS * self._news[task_id]
+        credits_, created, duration, word = self._numbers[start : start + _COLUMNS]
+        times = (None if time == _ABSENT else time for time in (created, duration))
+        return Change(task_id, *words[word], credits_, *times)
 
     def missing(self, limit: int, now: int, date: int | None = None) -> list[str]:
         """Return up to `limit` ids to ask for now that the listing is read, longest missing first.

@@ -14,6 +14,7 @@ Times are microseconds since the epoch, credits billionths, durations microsecon
 import threading
 from array import array
 from collections.abc import Callable, Iterable
+from itertools import filterfalse, islice
 from typing import Any
 
 import sqlalchemy as sa
@@ -27,11 +28,8 @@ from creatify_exporter.tasks import HOUR, SECOND
 
 __all__ = ["Book", "Key", "Ledger", "LedgerError", "Policy", "Totals"]
 
+_UNKNOWN = -1  # a revision that no ledger has
 _RIGHT = 5 * 60 * SECOND  # a clock that differs less from the API's is not wrong: listings take their time
-
-
-class _ReplacedError(LedgerError):
-    """The ledger holds less than it did: somebody put an older one in its place."""
 
 
 class Ledger(Database):
@@ -128,9 +126,8 @@ class Book:
             self._records = False
             try:
                 self._revision, self.totals, states, others = self._ledger.transact(record)
-            except (_ReplacedError, LedgerUncertainError) as error:
-                self._known = None  # the next listing reads what the ledger holds
-                self._revision = 0 if isinstance(error, _ReplacedError) else self._revision
+            except LedgerUncertainError:
+                self._known, self._revision = None, _UNKNOWN  # the next listing reads what the ledger holds
                 raise
             # Only what a transaction has committed may be exposed or believed.
             self._records, self._committed_at = True, clock
@@ -215,11 +212,8 @@ class Book:
 
         def find(tx: Connection) -> list[str]:
             ordered = due.order_by(db.tasks.c.unlisted_since, db.tasks.c.id).execution_options(yield_per=CHUNK)
-            found = list[str]()
             with tx.scalars(ordered) as former:
-                for task_id in former:
-                    if len(found) < limit and not draft.lists(task_id):
-                        found.append(task_id)
+                found = list(islice(filterfalse(draft.lists, former), limit))
             # Another replica may have missed and asked for them before.
             newly = sa.select(db.tasks.c.id).where(ours, unfinished, db.tasks.c.id.in_(left[:CHUNK]))
             return (found + sorted(tx.scalars(newly)))[:limit]
@@ -249,7 +243,9 @@ class Book:
         tx.execute(sa.text(insert), {"name": self._name})
         row = tx.execute(sa.select(db.workspaces).where(db.workspaces.c.name == self._name).with_for_update()).one()
         if row.revision < self._revision:
-            raise _ReplacedError("the ledger is older than it was: it was replaced; the next listing is merged anew")
+            raise LedgerUncertainError(
+                "the ledger is older than it was: it was replaced; the next listing is merged anew"
+            )
         return row
 
     def _view(self, tx: Connection, row: Row[Any]) -> Totals:
