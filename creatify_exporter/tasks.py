@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Container, Iterable
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from functools import lru_cache
 from typing import Any
 
 import msgspec
@@ -80,7 +81,7 @@ class Task(msgspec.Struct, gc=False):
 
 
 class TaskReader:
-    """Turn records into tasks; remember models and credits, which most records repeat.
+    """Turn records into tasks.
 
     The ids in `known` are usable, so they are not looked at again. `ignored_credits` is the number of tasks so far
     whose `credits_used` could not be used.
@@ -90,8 +91,6 @@ class TaskReader:
         self.ignored_credits = 0
         self._classify = classify
         self._known = known
-        self._models: dict[str, str] = {}
-        self._credits: dict[float, int] = {}
 
     def __call__(self, records: Iterable[Record | None]) -> list[Task]:
         """Return the tasks of `records`, but for those whose id is not 1 to 64 characters of `A-Za-z0-9_-`."""
@@ -103,45 +102,29 @@ class TaskReader:
         ]
 
     def _task(self, record: Record) -> Task:
-        status = record.status
+        status, name, used = record.status, record.model_name, record.credits_used
         if type(status) is not str or status not in STATUSES:
             status = UNKNOWN
+        # Most records repeat models and credits. Hostile names may be many and long: what is remembered stays small.
+        short = type(name) is str and len(name) <= MAX_MODEL_LENGTH
+        nano = _remembered_credits(used) if type(used) is float else nanocredits(used)
+        if nano is None:
+            self.ignored_credits += used is not None and used != ""
         return Task(
             record.id,
-            self._model(record.model_name),
+            _remembered_model(name) if short else model_of(name),
             status,
             self._classify(record.failed_reason) if status == "failed" else None,
-            self._nanocredits(record.credits_used),
+            nano or 0,
             record.created_at,
             record.updated_at,
         )
 
-    def _model(self, name: object) -> str:
-        if type(name) is not str:
-            return UNKNOWN
-        model = self._models.get(name)
-        if model is None:
-            model = model_of(name)
-            # Hostile names may be many and long: what is remembered stays small.
-            if len(name) <= MAX_MODEL_LENGTH and len(self._models) < _REMEMBERED:
-                self._models[name] = model
-        return model
 
-    def _nanocredits(self, value: object) -> int:
-        remembered = self._credits.get(value) if type(value) is float else None
-        if remembered is not None:
-            return remembered
-        nano = nanocredits(value)
-        if nano is None:
-            self.ignored_credits += value is not None and value != ""
-            return 0
-        if type(value) is float and len(self._credits) < _REMEMBERED:
-            self._credits[value] = nano
-        return nano
-
-
-def model_of(name: str) -> str:
+def model_of(name: object) -> str:
     """Return the `model` label for a `model_name`: trimmed, printable, at most 128 characters."""
+    if type(name) is not str:
+        return UNKNOWN
     return _UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", name.strip()[:MAX_MODEL_LENGTH].rstrip()) or UNKNOWN
 
 
@@ -155,6 +138,10 @@ def nanocredits(value: object) -> int | None:
     elif type(value) is not float and type(value) is not int:
         return None
     return round(value * NANO) if 0 <= value <= MAX_CREDITS else None
+
+
+_remembered_model = lru_cache(maxsize=_REMEMBERED)(model_of)
+_remembered_credits = lru_cache(maxsize=_REMEMBERED)(nanocredits)
 
 
 def microseconds(stamp: object) -> int | None:
