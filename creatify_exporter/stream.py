@@ -22,7 +22,6 @@ _T = TypeVar("_T")
 
 _WINDOW = 256 * 1024
 _MIN_WINDOW = 4 * 1024
-_MAX_BOUNDARY = 256
 _MAX_GUESSES = 64
 _MAX_LINK = 8 * 1024
 _MAX_DEPTH = 200
@@ -41,7 +40,7 @@ _PIECE = re.compile(rb"[^\\]{0,9999}(?:\\.?[^\\]{0,999}){0,1000}", re.DOTALL)
 _ESCAPE = re.compile(rb'\\(?:["\\/bfnrt]|u[0-9A-Fa-f]{4})?')
 # A brace, a comma, a brace and the first key; then, if the first value is short, the second key.
 _BOUNDARY = re.compile(
-    rb'(\}\s*(,)\s*\{\s*"[^"\\]{0,99}"\s*:)(?:\s*(?:"[^"\\]{0,99}"|[^"\\,]{1,99}),\s*("[^"\\]{0,99}"))?'
+    rb'(\}\s{0,64}(,)\s{0,64}\{\s{0,64}"[^"\\]{0,99}"\s{0,64}:)(?:\s*(?:"[^"\\]{0,99}"|[^"\\,]{1,99}),\s*("[^"\\]{0,99}"))?'
 )
 
 
@@ -198,13 +197,12 @@ class _Boundary:
 
     def __init__(self) -> None:
         self._text = b""
-        self._comma = 0
         self._second_key: bytes | None = None
 
     def learn(self, buffer: bytearray, brace: int) -> None:
         """Learn from the record that ends at `brace`, if the start of the next one is in the buffer."""
-        if (found := _BOUNDARY.match(buffer, brace)) and found.end(1) - brace <= _MAX_BOUNDARY:
-            self._text, self._comma, self._second_key = found[1], found.start(2) - brace, found[3]
+        if found := _BOUNDARY.match(buffer, brace):
+            self._text, self._second_key = found[1], found[3]
 
     def last_comma(self, buffer: bytearray, end: int) -> int:
         """Return where the last comma between records may be before `end`, or -1.
@@ -216,7 +214,7 @@ class _Boundary:
             if end < 0:
                 break
             if (found := _BOUNDARY.match(buffer, end)) and found[3] == self._second_key:
-                return end + self._comma
+                return found.start(2)
         return -1
 
 
