@@ -10,11 +10,13 @@ import struct
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
 from email.utils import formatdate
 from pathlib import Path
 from time import time
 from typing import Any
 
+import psycopg
 import pytest
 import trustme
 from hypothesis import HealthCheck, example, given, settings
@@ -23,6 +25,7 @@ from hypothesis import strategies as st
 from creatify_exporter.demo import BALANCE_PATH, LIST_PATH
 from tests.support.commands import run
 from tests.support.exporter import OPENMETRICS, ROOT, Exporter, Scrape, parse
+from tests.support.postgres import Postgres
 from tests.support.processes import eventually, free_port
 from tests.support.stage import PREFIX, counts
 from tests.support.upstream import Exchange, Upstream, task, tasks
@@ -30,6 +33,15 @@ from tests.support.upstream import Exchange, Upstream, task, tasks
 pytestmark = pytest.mark.process
 
 Answer = Callable[[Exchange], None]
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def ledger(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Return the URL of a new ledger: each row of section 7 holds with either database."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/ledger.db"
+    postgres: Postgres = request.getfixturevalue("postgres")
+    return postgres.create_database()
 
 
 def refuse(status: int, **headers: Any) -> Answer:
@@ -92,7 +104,7 @@ def second_page_fails(exchange: Exchange) -> None:
         exchange.reply({"next": f"{exchange.upstream.url}{LIST_PATH}?page=1", "results": [task()]})
 
 
-ODD = tasks(
+ODD_RECORDS = (
     task(1, status="cancelled"),
     task(2, credits_used=None),
     task(3, credits_used=-5),
@@ -144,7 +156,32 @@ FAILING: dict[str, tuple[Answer, str]] = {
 }
 
 
-def test_each_bad_answer_fails_its_own_workspace_and_nothing_else(tmp_path: Path) -> None:
+COUNTERS = {
+    "tasks_submitted_total": ["model"],
+    "tasks_finished_total": ["model", "status"],
+    "failures_total": ["model", "reason"],
+    "credits_used_total": ["model"],
+}
+
+
+def new_and_odd() -> Iterator[dict[str, object]]:
+    """Return records of tasks submitted a moment ago: what is older than `ledger.retention` is not counted."""
+    now = datetime.now(UTC).isoformat()
+    odd: list[dict[str, object]] = [
+        {"status": "cancelled"},
+        {"credits_used": "0.5"},
+        {"credits_used": 1_000_001},
+        {"credits_used": 2, "model_name": "\ud800\x00name\n"},
+        {"credits_used": -5, "status": "failed", "failed_reason": {"code": 1}},
+        {"credits_used": 4, "created_at": "yesterday"},
+        {"credits_used": 100, "id": "task-20"},
+        {"credits_used": 100, "id": "with space"},
+    ]
+    for number, fields in enumerate(odd, 20):
+        yield task(number, **{"created_at": now, "updated_at": now} | fields)
+
+
+def test_each_bad_answer_fails_its_own_workspace_and_nothing_else(tmp_path: Path, ledger: str) -> None:
     with Upstream() as elsewhere, Upstream() as api:
         elsewhere.answers[""] = tasks(task())
         failing = dict(FAILING)
@@ -155,8 +192,12 @@ def test_each_bad_answer_fails_its_own_workspace_and_nothing_else(tmp_path: Path
         failing["foreign-link"] = pages(f"{elsewhere.url}{LIST_PATH}"), "payload"
         failing["other-host"] = pages(api.url.replace("127.0.0.1", "localhost") + LIST_PATH), "payload"
         api.answers = {name: answer for name, (answer, _) in failing.items()}
-        api.answers |= {"good": tasks(task(1), task(2, status="running")), "odd": ODD, "paged": pages("?page=1", None)}
-        config = api.config(api={"timeout": "4s", "max_response_size": "2MiB"})
+        api.answers |= {
+            "good": tasks(task(1), task(2, status="running")),
+            "odd": tasks(*ODD_RECORDS),
+            "paged": pages("?page=1", None),
+        }
+        config = api.config(api={"timeout": "4s", "max_response_size": "2MiB"}, ledger={"url": ledger})
         with Exporter(tmp_path, "--log.format=json", config=config) as exporter:
             before = exporter.memory()
             scrape = exporter.scrape(scrape_timeout=30)
@@ -185,6 +226,22 @@ def test_each_bad_answer_fails_its_own_workspace_and_nothing_else(tmp_path: Path
             assert exporter.get("/-/ready").ok
             assert exporter.get("/").ok
             exporter.scrape(openmetrics=True, scrape_timeout=30)
+            api.answers["odd"] = tasks(*ODD_RECORDS, *new_and_odd())
+            scrape = exporter.scrape(scrape_timeout=30)
+            counters = {
+                name: [
+                    sample for sample in scrape.values(PREFIX + name, "workspace", *by).items() if sample[0][0] == "odd"
+                ]
+                for name, by in COUNTERS.items()
+            }
+            grown = {name: {labels[1:]: value for labels, value in each if value} for name, each in counters.items()}
+            cleaned = "\N{REPLACEMENT CHARACTER}\N{REPLACEMENT CHARACTER}name"
+            assert grown == {
+                "tasks_submitted_total": {("m",): 5, (cleaned,): 1},
+                "tasks_finished_total": {("m", "done"): 3, ("m", "failed"): 1, (cleaned, "done"): 1},
+                "failures_total": {("m", "unspecified"): 1},
+                "credits_used_total": {("m",): 5.5, (cleaned,): 2},
+            }
             lines = [json.loads(line) for line in exporter.log().splitlines()]
             complaints = {line["workspace"]: line for line in lines if line["event"] == "listing failed"}
             assert {name: line["cause"] for name, line in complaints.items()} == {n: c for n, (_, c) in failing.items()}
@@ -390,11 +447,11 @@ EXTREMES: Sequence[bytes] = [
 
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
-def test_no_body_ever_breaks_an_answer(tmp_path: Path, soak: bool) -> None:
+def test_no_body_ever_breaks_an_answer(tmp_path: Path, ledger: str, soak: bool) -> None:
     good = tasks(task(1), task(2, status="failed", failed_reason="timed out"))
     with (
         Upstream(fuzz=tasks(), good=good) as api,
-        Exporter(tmp_path, config=api.config(labels={"max_models": 3})) as exporter,
+        Exporter(tmp_path, config=api.config(labels={"max_models": 3}, ledger={"url": ledger})) as exporter,
     ):
         exporter.scrape()
         pid = exporter.pid
@@ -456,7 +513,7 @@ class Secrets:
         assert not found, f"{found} in {where}"
 
 
-def test_no_secret_and_no_words_of_the_api_come_out_anywhere(tmp_path: Path) -> None:
+def test_no_secret_and_no_words_of_the_api_come_out_anywhere(tmp_path: Path, postgres: Postgres) -> None:
     plant = Secrets()
 
     def words(place: str) -> dict[str, object]:
@@ -558,6 +615,14 @@ def test_no_secret_and_no_words_of_the_api_come_out_anywhere(tmp_path: Path) -> 
             assert len([file.name for file in (tmp_path / log_format).glob("*.db*")]) >= 2
             for file in (tmp_path / log_format).glob("*.db*"):
                 plant.assert_absent(file.read_bytes(), file.name)
+
+        database = config | {"ledger": {"url": postgres.create_database()}}
+        with Exporter(tmp_path / "replica", config=database) as exporter:
+            assert exporter.scrape().value("creatify_exporter_ledger_up") == 1
+        with psycopg.connect(database["ledger"]["url"]) as connection:
+            ((tables,),) = connection.execute("SELECT database_to_xml(true, false, '')").fetchall()
+        assert "permission_denied" in tables
+        plant.assert_absent(tables, "PostgreSQL")
 
         url = f"postgresql://exporter:{plant('PostgreSQL password')}@127.0.0.1:{free_port()}/db"
         config |= {"ledger": {"url": url}}
