@@ -52,13 +52,17 @@ class Authentication:
             failed = [key for key, check in self._checks.items() if check.done() and not check.result()]
             for forgotten in failed[: 1 - _REMEMBERED_FAILURES]:
                 del self._checks[forgotten]
-            check = asyncio.create_task(self._check(password, stored))
+            check = asyncio.create_task(self._check(key, password, stored))
         self._checks[key] = check
         return await asyncio.shield(check) and self._users.get(user) == stored
 
-    async def _check(self, password: bytes, stored: bytes) -> bool:
-        async with self._gate:
-            return await asyncio.to_thread(_matches, password, stored, self._cost)
+    async def _check(self, key: bytes, password: bytes, stored: bytes) -> bool:
+        try:
+            async with self._gate:
+                return await asyncio.to_thread(_matches, password, stored, self._cost)
+        except BaseException:
+            del self._checks[key]  # one that could not be made says nothing of the password
+            raise
 
 
 def _cost(stored: bytes) -> int:

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import errno
 import threading
 
 import bcrypt
@@ -156,6 +157,24 @@ def test_a_flood_of_wrong_passwords_does_not_hold_up_a_known_one(monkeypatch: py
         assert not any(task.done() for task in flood)
         release.set()
         assert {(await task).status for task in flood} == {401}
+
+    asyncio.run(run())
+
+
+def test_a_check_that_cannot_be_made_locks_nobody_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    authentication = Authentication(HASHES)
+
+    def exhausted(_password: bytes, _stored: bytes) -> bool:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    async def run() -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(bcrypt, "checkpw", exhausted)
+            for user in ("ann", "nobody"):
+                with pytest.raises(OSError, match="Too many open files"):
+                    await authentication.allows(basic(user, "pw"))
+        assert not await authentication.allows(basic("ann", "wrong"))
+        assert await authentication.allows(basic("ann", "pw"))
 
     asyncio.run(run())
 
