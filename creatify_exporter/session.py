@@ -84,8 +84,9 @@ def _look_up(host: str) -> Future[list[str]]:
     with _looking_up:
         look_up = _look_ups.get(host)
         if look_up is None:
-            look_up = _look_ups[host] = Future()
+            look_up = Future()
             threading.Thread(target=_resolve, args=(host, look_up), name=f"look-up of {host}", daemon=True).start()
+            _look_ups[host] = look_up  # not before: without a thread it would never end
         return look_up
 
 
@@ -190,6 +191,24 @@ class _HTTPConnection(HTTPConnection):
 class _HTTPSConnection(_HTTPConnection, HTTPSConnection):
     """The same with TLS."""
 
+    def _connect_tls_proxy(self, *args: Any) -> ssl.SSLSocket:
+        connection = super()._connect_tls_proxy(*args)
+        cast(_TlsSocket, connection).call = self.call
+        return connection
+
+
+class _TlsSocket(ssl.SSLSocket):
+    """A connection to a proxy reads while its call lasts: for TLS within TLS urllib3 reads until a record is whole."""
+
+    call: Call | None = None
+
+    def recv(self, *args: Any) -> bytes:
+        while self.call:
+            self.settimeout(min(self.call.left(), _GLANCE))
+            with suppress(TimeoutError):
+                return super().recv(*args)
+        return super().recv(*args)
+
 
 def tls_context(authorities: str) -> ssl.SSLContext:
     """Return the context that trusts the usual authorities and these, in PEM; shared, as loading takes time."""
@@ -204,6 +223,7 @@ _loading = threading.Lock()
 def _load_context(authorities: str) -> ssl.SSLContext:
     context = ssl.create_default_context()
     context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.sslsocket_class = _TlsSocket
     context.load_verify_locations(DEFAULT_CA_BUNDLE_PATH)
     if authorities:
         context.load_verify_locations(cadata=authorities)

@@ -893,6 +893,47 @@ def test_a_proxy_that_refuses_or_drips_is_an_error(
         assert proxy.requests[0].path == "api.example:443"
 
 
+def drip_a_record(context: ssl.SSLContext, *, answering: bool) -> Script:
+    """Open a tunnel to oneself, and send a record of the TLS within byte by byte: of its handshake or of the answer."""
+
+    def script(exchange: Exchange) -> None:
+        exchange.send(head(200))
+        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        within = context.wrap_bio(incoming, outgoing, server_side=True)
+
+        def exchanged(step: Callable[[], object]) -> None:
+            while True:
+                with suppress(ssl.SSLWantReadError):
+                    step()
+                    return
+                if outgoing.pending:
+                    exchange.send(outgoing.read())
+                incoming.write(exchange.connection.recv(65536))
+
+        if answering:
+            exchanged(within.do_handshake)
+            exchanged(lambda: within.read(65536))
+            within.write(head(200) + b" " * 10_000)
+        else:
+            outgoing.write(b"\x16\x03\x03\x40\x00\x02\x00\x3f\xfc" + b"\0" * 200)
+        exchange.drip(outgoing.read())
+
+    return script
+
+
+@pytest.mark.parametrize("answering", [False, True])
+def test_tls_within_tls_that_drips_ends_in_time(
+    environment: pytest.MonkeyPatch, authority: trustme.CA, authorities: str, answering: bool
+) -> None:
+    within = server_tls(authority, "api.example")
+    with Server(drip_a_record(within, answering=answering), server_tls(authority)) as proxy:
+        environment.setenv("https_proxy", proxy.url)
+        started = time.monotonic()
+        error = failure(lambda: ids(client("https://api.example", authorities=authorities, timeout=TIMEOUT)))
+        assert error.cause == "timeout"
+        assert time.monotonic() - started < TIMEOUT + 2
+
+
 def test_netrc_is_not_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     netrc = tmp_path / "netrc"
     netrc.write_text("default login someone password else\n")
