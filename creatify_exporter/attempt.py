@@ -53,27 +53,25 @@ class Attempt:
     clock_offset: float | None = None
     ignored_credits: int = 0
 
+    def __post_init__(self) -> None:
+        self._started = self.clock.monotonic()
+
     def run(self, *, writes: bool = True, settles: bool = True) -> None:
         """List, ask for tasks that left the list if `settles`, and record if `writes`.
 
         An error of ours fails this workspace and nothing else.
         """
-        started = self.clock.monotonic()
         draft, read, listing = None, TaskReader(self.classify), Listing()
         try:
             draft = self.book.draft()
             read = TaskReader(self.classify, draft.known.slots)
             with closing(self.client.tasks()) as stream:
                 self._list(stream, draft, read, listing)
-                self._end(started)
+                self._end()
                 if writes and settles:
                     self._settle(stream, draft, read)
-        except ApiError as failure:
-            self.error = failure
         except Exception as failure:  # noqa: BLE001 - whatever an answer sets off in our code fails its workspace only
-            self.error = ApiError("payload", f"the list could not be read ({type(failure).__name__})")
-        if self.error:
-            self._end(started)
+            self.fail(failure)
         self.ignored_credits = read.ignored_credits
         if self.still() and writes:
             self.record(None if self.error else draft, listing.models)
@@ -81,6 +79,12 @@ class Attempt:
             self._on_ledger(self.book.read)
         known = self.book.totals.models if self.book.totals else ()
         self.listing = None if self.error else listing.labelled(ModelLabels(known, self.config.labels.max_models))
+
+    def fail(self, failure: Exception) -> None:
+        """Make `failure` the outcome; of one that is a mistake of ours only the kind is told."""
+        ours = ApiError("payload", f"the list could not be read ({type(failure).__name__})")
+        self.error, self.listing = failure if isinstance(failure, ApiError) else ours, None
+        self._end()
 
     def record(self, draft: Draft | None = None, models: Iterable[str] = ()) -> None:
         """Commit a draft with its `models`, or without one what is due."""
@@ -113,9 +117,9 @@ class Attempt:
             self.date = int(date * SECOND)
             self.clock_offset = self.clock.now() - date
 
-    def _end(self, started: float) -> None:
+    def _end(self) -> None:
         self.finished, self.finished_at = self.clock.monotonic(), self.clock.now()
-        self.duration = self.finished - started
+        self.duration = self.finished - self._started
 
     def _settle(self, stream: TaskStream, draft: Draft, read: TaskReader) -> None:
         """Ask for the unfinished tasks that left the list, each by its id, until one is refused."""

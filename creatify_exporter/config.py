@@ -161,6 +161,17 @@ class Api(Section):
     """Whether to read the balance of each workspace."""
     ca_file: Certificates = None
     """PEM bundle of certificate authorities that are trusted besides the system's."""
+    _authorities: str = ""
+
+    def model_post_init(self, _context: object) -> None:
+        """Keep what is in `ca_file`: what was validated is put in force, whatever becomes of the file."""
+        if self.ca_file:
+            self._authorities = Reader().read(str(self.ca_file))[1].decode("ascii", "ignore")
+
+    @property
+    def authorities(self) -> str:
+        """Return what is in `ca_file`, an empty text without one."""
+        return self._authorities
 
     @field_validator("base_url")
     @classmethod

@@ -124,13 +124,16 @@ async def _try(tls: Tls) -> None:
 
     Tried in a process of its own: the TLS library ends the one in which it meets files that it does not like.
     """
-    child = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", __name__, tls.model_dump_json()),
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path)},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    try:
+        child = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", __name__, tls.model_dump_json()),
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path)},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+    except (OSError, ValueError) as error:  # no process can be started, or a path is not in UTF-8
+        raise ConfigError([("tls_server_config", f"the files cannot be tried ({type(error).__name__})")]) from None
     if await child.wait() != 0:
         reason = "it needs a key of type RSA (2048 bits or more), ECDSA (P-256, P-384) or Ed25519"
         raise ConfigError([("tls_server_config", f"the server cannot use these files: {reason}")])

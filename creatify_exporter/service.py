@@ -125,7 +125,7 @@ def client_of(config: Config, workspace: config_.Workspace, on_request: Callable
         config.api.base_url,
         config.api.timeout,
         config.api.max_response_size,
-        config.api.ca_file.read_text("ascii", "ignore") if config.api.ca_file else "",
+        config.api.authorities,
         on_request,
     )
 

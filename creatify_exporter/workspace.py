@@ -187,7 +187,10 @@ class Workspace:
 
     async def _list(self) -> None:
         attempt, settles = self._attempt(), not self._back_off.holds(TASK)
-        await self._in_thread(lambda: attempt.run(writes=self._writes, settles=settles))
+        try:
+            await self._in_thread(lambda: attempt.run(writes=self._writes, settles=settles))
+        except Exception as failure:  # noqa: BLE001 - no thread can be started, for example
+            attempt.fail(failure)
         self._take(attempt)
 
     async def _show_what_is_due(self) -> None:
@@ -208,7 +211,8 @@ class Workspace:
         error = None
         try:
             balance = await self._in_thread(self.client.remaining_credits)
-            (self._round or current).balance = balance
+            if not self._back_off.holds(LIST):
+                (self._round or current).balance = balance
         except ApiError as failure:
             error = failure
         except Exception as failure:  # noqa: BLE001 - as with the list

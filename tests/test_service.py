@@ -585,6 +585,26 @@ async def test_a_mistake_of_ours_fails_its_workspace_and_nothing_else(
 
 
 @asynchronous
+async def test_a_thread_that_cannot_be_started_fails_the_listing(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    scene.start()
+    await scene.scrape()
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == "listing w":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        scrape = await scene.scrape()
+    assert (scrape.value(UP), scrape.value(BALANCE), errors(scrape)) == (0, None, {"payload": 1})
+    assert scrape.values("creatify_text_generator_tasks", "workspace") == {}
+    scrape = await scene.scrape()
+    assert (scrape.value(UP), errors(scrape)) == (1, {"payload": 1})
+
+
+@asynchronous
 async def test_a_mistake_of_ours_with_the_balance_takes_the_balance_alone(
     scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -862,7 +882,9 @@ async def test_a_renewed_authority_is_trusted_after_a_reload_and_one_that_stays_
         exporter.configure(scene.config(api=NO_BALANCE | {"ca_file": str(path)}))
     scrape = await scene.scrape()
     assert (scrape.value(UP), errors(scrape)) == (1, {"connection": 1})
-    exporter.configure(scene.config(api=NO_BALANCE | {"ca_file": str(path)}))
+    config = scene.config(api=NO_BALANCE | {"ca_file": str(path)})
+    path.unlink()  # what was validated is put in force
+    exporter.configure(config)
     assert exporter.views()[0].up
 
 
