@@ -20,6 +20,7 @@ T = TypeVar("T")
 # Of the deadline: the more exactly somebody can tell what is wrong, the sooner he gives up.
 _LOCK = 0.6
 _STATEMENT = 0.7
+_CONNECTION = 0.85
 _CONNECT_TIMEOUT = 5
 _AT_THE_END = 2.0  # a process that is told to end has 5 s
 
@@ -91,7 +92,7 @@ class Database:
         self._deadline = deadline
         self.up = False
         """Whether the ledger answered last time."""
-        self._opened = False
+        self._opened = self._connected = False
         self._engine: sa.Engine | None = None
         self._file: tuple[int, int] | None = None
         self._turn = threading.Lock()
@@ -122,17 +123,25 @@ class Database:
 
     def _bounded(self, job: Callable[[], T]) -> T:
         """Run `job` when it is its turn, and wait for it as long as the database answers."""
-        self._wait(lambda seconds: self._turn.acquire(timeout=seconds))
+        self._wait(lambda seconds: self._turn.acquire(timeout=seconds), LedgerError)
         running = self._running = _Transaction()
-        threading.Thread(target=self._work, args=(job, running), name="ledger", daemon=True).start()
-        self._wait(lambda seconds: wait([running], seconds) and running.done())
+        try:
+            threading.Thread(target=self._work, args=(job, running), name="ledger", daemon=True).start()
+        except RuntimeError as error:
+            self._running = self._nobody
+            self._turn.release()
+            raise LedgerError(f"{self._name}: no thread can be started") from error
+        self._wait(lambda seconds: wait([running], seconds) and running.done(), LedgerUncertainError)
         if running.cancelled():
             raise LedgerError(self._silent)
         result: T = running.result()
         return result
 
-    def _wait(self, over: Callable[[float], object]) -> None:
-        """Wait until `over`, as long as the database answers whose turn it is; then give that transaction up."""
+    def _wait(self, over: Callable[[float], object], in_commit: type[LedgerError]) -> None:
+        """Wait until `over`, as long as the database answers whose turn it is; then give that transaction up.
+
+        Raises LedgerError, or `in_commit` when it is too late to give that transaction up.
+        """
         while not over(max(self._running.progressed + self._deadline - time.monotonic(), 0.001)):
             running = self._running
             if time.monotonic() < running.progressed + self._deadline:
@@ -140,7 +149,7 @@ class Database:
             if running.cancel():
                 raise LedgerError(self._silent)
             if running.running():
-                raise LedgerUncertainError(self._silent)
+                raise in_commit(self._silent)
 
     def _work(self, job: Callable[[], object], running: _Transaction) -> None:
         try:
@@ -247,7 +256,11 @@ class Database:
     def _connect_postgres(self, _dialect: object, _record: object, arguments: Any, parameters: Any) -> Any:
         from creatify_exporter import postgres
 
-        return postgres.connect(self._deadline, *arguments, **parameters)
+        connection = postgres.connect(
+            self._deadline * _CONNECTION, *arguments, explain=not self._connected, **parameters
+        )
+        self._connected = True
+        return connection
 
     def _explained(self, error: Exception) -> LedgerError:
         """Return what an error of the database means, by its code: its text may be in any language."""
@@ -292,8 +305,11 @@ class Database:
             probe.close()
 
     def _rehearse(self, connection: Connection) -> None:
-        """Do what a start does, and take it back; SQLite, which has one writer, is only read."""
-        if not self._is_sqlite:
+        """Do what a start does, and take it back; SQLite, which has one writer, and an older ledger are only read.
+
+        To upgrade one takes time and locks, which those who use it should not feel.
+        """
+        if not self._is_sqlite and not schema.to_upgrade(connection):
             self._open(connection)
         self._verify(connection)
         connection.rollback()

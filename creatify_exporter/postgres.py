@@ -38,14 +38,19 @@ class Connection(psycopg.Connection[tuple[Any, ...]]):
             raise
 
 
-def connect(patience: float, *arguments: Any, **parameters: Any) -> Connection:
-    """Connect with the parameters of libpq; raise psycopg.Error, or SchemaError for a database that is not UTF-8."""
+def connect(patience: float, *arguments: Any, explain: bool, **parameters: Any) -> Connection:
+    """Connect with the parameters of libpq; raise psycopg.Error, or SchemaError for a database that is not UTF-8.
+
+    To `explain` a failure takes another login, in what is left of `patience` seconds.
+    """
+    started = time.monotonic()
     try:
         connection = Connection.connect(*arguments, **parameters)
     except psycopg.errors.ConnectionTimeout:
         raise
     except psycopg.OperationalError as error:
-        error.sqlstate = _refusal(patience, parameters)
+        if explain:
+            error.sqlstate = _refusal(started + patience, parameters)
         raise
     connection.patience = patience
     encoding = connection.info.parameter_status("server_encoding")
@@ -55,8 +60,8 @@ def connect(patience: float, *arguments: Any, **parameters: Any) -> Connection:
     return connection
 
 
-def _refusal(timeout: float, parameters: dict[str, Any]) -> str | None:
-    """Log in once more, and return the SQLSTATE with which the server refuses it, None when it says none.
+def _refusal(until: float, parameters: dict[str, Any]) -> str | None:
+    """Log in once more, and return the SQLSTATE with which the server refuses it, None when it says none in time.
 
     psycopg and libpq keep only the text of a refused login, in the server's language. What the server sends can be
     had by tracing the protocol (https://www.postgresql.org/docs/current/libpq-control.html#LIBPQ-PQTRACE).
@@ -66,13 +71,15 @@ def _refusal(timeout: float, parameters: dict[str, Any]) -> str | None:
     known = {name: value for name, value in parameters.items() if name not in ("context", "row_factory")}
     with open(os.memfd_create("creatify-exporter"), "rb", buffering=0) as trace:
         pgconn = pq.PGconn.connect_start(make_conninfo("", **known).encode())
-        if pgconn.status == pq.ConnStatus.BAD:
-            return None
-        pgconn.trace(trace.fileno())
-        _finish_login(pgconn, time.monotonic() + timeout)
-        pgconn.untrace()
-        needs_password = pgconn.needs_password
-        pgconn.finish()
+        try:
+            if pgconn.status == pq.ConnStatus.BAD:
+                return None
+            pgconn.trace(trace.fileno())
+            _finish_login(pgconn, until)
+            pgconn.untrace()
+            needs_password = pgconn.needs_password
+        finally:
+            pgconn.finish()
         trace.seek(0)
         found = _REFUSAL.search(trace.read())
     if found:
@@ -83,9 +90,8 @@ def _refusal(timeout: float, parameters: dict[str, Any]) -> str | None:
 def _finish_login(pgconn: pq.abc.PGconn, until: float) -> None:
     status: int = pq.PollingStatus.WRITING
     while status in (pq.PollingStatus.READING, pq.PollingStatus.WRITING):
-        sockets = [pgconn.socket]
-        reading, writing = (sockets, []) if status == pq.PollingStatus.READING else ([], sockets)
-        left = until - time.monotonic()
-        if left <= 0 or not any(select.select(reading, writing, [], left)):
+        poll, left = select.poll(), until - time.monotonic()
+        poll.register(pgconn.socket, select.POLLIN if status == pq.PollingStatus.READING else select.POLLOUT)
+        if left <= 0 or not poll.poll(left * 1000):
             return
         status = pgconn.connect_poll()

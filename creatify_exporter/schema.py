@@ -115,6 +115,19 @@ def prepare(connection: Connection) -> None:
         connection.execute(sa.update(version).values(version=SCHEMA_VERSION))
 
 
+def to_upgrade(connection: Connection) -> bool:
+    """Return whether `prepare` would upgrade a PostgreSQL ledger; raise SchemaError when it must not."""
+    if (found_version(connection) or SCHEMA_VERSION) == SCHEMA_VERSION:
+        return False
+    may = (
+        "SELECT bool_and(pg_has_role(relowner, 'USAGE')) AND has_schema_privilege(current_schema(), 'CREATE')"
+        " FROM pg_class WHERE oid IN (to_regclass('tasks'), to_regclass('totals'))"
+    )
+    if not connection.scalar(sa.text(may)):
+        raise SchemaError("no permission to upgrade its tables: only a role that owns them may")
+    return True
+
+
 def _upgrade_from_1(connection: Connection) -> None:
     """Ask by id for the tasks that had left the list unfinished; name buckets by bound, `held` what it says."""
     connection.execute(sa.text("ALTER TABLE tasks ADD COLUMN ask_at BIGINT"))

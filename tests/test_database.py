@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -15,13 +16,20 @@ import psycopg
 import pytest
 import sqlalchemy as sa
 
-from creatify_exporter.database import LedgerError, LedgerMissingError, LedgerSupersededError, LedgerUnusableError
+from creatify_exporter.database import (
+    LedgerError,
+    LedgerMissingError,
+    LedgerSupersededError,
+    LedgerUncertainError,
+    LedgerUnusableError,
+)
 from creatify_exporter.ledger import Book, Ledger
 from creatify_exporter.tasks import NANO
 from tests.support.postgres import PASSWORD, USER, Postgres, Proxy, RefusingServer
 from tests.support.processes import eventually
 from tests.support.records import POLICY, SECOND, START, commit, commit_asking, counted, record
 
+OLD_LEDGER = Path(__file__).parent / "data" / "ledger-0.1.0" / "postgresql.sql"
 DEADLINE = 1.5
 SLACK = 3.0  # seconds that a busy machine may take on top
 
@@ -212,6 +220,21 @@ def test_workspaces_that_wait_in_line_fail_with_the_first_one(
         assert counted(book)["m", "submitted", ""] == 1
 
 
+@process
+def test_a_connection_that_something_on_the_way_forgot_costs_no_listing(
+    postgres: Postgres, proxy: Proxy, open_ledger: Callable[..., Ledger]
+) -> None:
+    ledger = open_ledger(proxy.url(postgres.create_database()), deadline=4 * DEADLINE)
+    books = [ledger.book(f"w{number}") for number in range(4)]
+    for book in books:
+        commit(book, [])
+    proxy.strand()
+    with ThreadPoolExecutor() as pool:
+        for done in [pool.submit(commit, book, TASKS, at=SECOND) for book in books]:
+            done.result()
+    assert ledger.up
+
+
 @pytest.mark.parametrize("backend", ["sqlite", pytest.param("postgresql", marks=process)])
 def test_a_lock_that_somebody_else_holds_holds_nobody(
     request: pytest.FixtureRequest, tmp_path: Path, open_ledger: Callable[..., Ledger], backend: str
@@ -268,6 +291,38 @@ def test_a_hung_disk_holds_nobody_and_what_it_does_late_is_not_believed(
     assert book.totals.unsettled == 1
     with closing(sqlite3.connect(tmp_path / "ledger.db")) as connection:
         assert connection.execute("SELECT id FROM tasks WHERE unlisted_since IS NULL").fetchall() == [("a",)]
+
+
+def test_who_waits_behind_a_hung_commit_knows_that_nothing_of_his_was_written(
+    tmp_path: Path, open_ledger: Callable[..., Ledger]
+) -> None:
+    ledger, moves = open_ledger(f"sqlite:///{tmp_path}/ledger.db", deadline=DEADLINE), threading.Event()
+    ledger.open()
+    first, second = ledger.book("w"), ledger.book("v")
+    try:
+        with on_event("commit", lambda _: moves.wait()):
+            assert isinstance(fails_in_time(lambda: commit(first, TASKS)), LedgerUncertainError)
+            assert not isinstance(fails_in_time(lambda: commit(second, TASKS), SLACK), LedgerUncertainError)
+    finally:
+        moves.set()
+    recovers(second, TASKS)
+
+
+def test_a_thread_that_cannot_be_started_is_a_failure_of_the_ledger_that_passes(
+    open_ledger: Callable[..., Ledger], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger = open_ledger("sqlite://")
+    book = ledger.book("w")
+
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        assert "no thread can be started" in str(fails_in_time(lambda: commit(book, TASKS)))
+    assert not ledger.up
+    commit(book, TASKS)
+    assert ledger.up
 
 
 def test_what_was_given_up_is_rolled_back_when_the_disk_moves_again(
@@ -589,6 +644,17 @@ def test_each_missing_permission_in_postgresql_stops_the_start(
             connection.execute(f"GRANT {permission} ON tasks TO visitor")
         connection.execute("REVOKE CONNECT ON DATABASE " + url.rpartition("/")[2] + " FROM public")
         refused(open_ledger, other_role(url), "no permission")
+
+
+@process
+def test_a_role_that_may_not_upgrade_an_older_ledger_is_told_at_the_start(
+    postgres: Postgres, open_ledger: Callable[..., Ledger], other_role: Callable[[str], str]
+) -> None:
+    url = postgres.create_database()
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute(OLD_LEDGER.read_bytes())
+        connection.execute("GRANT ALL ON ALL TABLES IN SCHEMA public TO visitor")
+    refused(open_ledger, other_role(url), "no permission")
 
 
 @process

@@ -133,6 +133,7 @@ class Proxy:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
         self._asking, self._answering = threading.Event(), threading.Event()
+        self._stranded: list[threading.Event] = []
         self._sockets: list[socket.socket] = []
         self._threads: list[threading.Thread] = []
 
@@ -149,6 +150,13 @@ class Proxy:
         self._asking.set()
         self._answering.set()
 
+    def strand(self) -> None:
+        """Let nothing more through on the connections that there are, for good; later ones work."""
+        self.silence()
+        self._stranded += [self._asking, self._answering]
+        self._asking, self._answering = threading.Event(), threading.Event()
+        self.resume()
+
     def lose_connections(self) -> None:
         """End all connections."""
         sockets, self._sockets = self._sockets, []
@@ -164,7 +172,8 @@ class Proxy:
     def __exit__(self, *_: object) -> None:
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
-        self.resume()
+        for event in (*self._stranded, self._asking, self._answering):
+            event.set()
         self.lose_connections()
         for thread in self._threads:
             thread.join(10)
