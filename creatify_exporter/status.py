@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from creatify_exporter.listing import Listing
 from creatify_exporter.metrics import ExporterView, WorkspaceView
-from creatify_exporter.tasks import NANO, SECOND, UNFINISHED
+from creatify_exporter.tasks import FINISHED, NANO, SECOND, UNFINISHED, UNKNOWN
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -23,7 +23,7 @@ STYLE = (files(__package__) / "templates" / "status.css").read_text(encoding="ut
 RENEWED_EVERY = 30
 """Seconds."""
 
-_STATUSES = ("done", "failed", "running", "pending", "unknown")
+_STATUSES = (*FINISHED, *reversed(UNFINISHED), UNKNOWN)  # as in a bar
 _STATES = ("down", "stale", "waiting", "up")
 _SHORTEST_RATE = 3600.0  # seconds of counting before a rate is told
 _LATEST_EMPTY = 366 * 86400.0
@@ -46,7 +46,7 @@ class Tasks:
     @property
     def failed_share(self) -> float | None:
         """Which share of the finished ones failed, in percent; None without a finished one."""
-        finished = self.counts["done"] + self.counts["failed"]
+        finished = sum(self.counts[status] for status in FINISHED)
         return 100 * self.counts["failed"] / finished if finished else None
 
 
@@ -154,9 +154,8 @@ def _state(view: WorkspaceView) -> str:
 def _by_model(listing: Listing) -> dict[str, Tasks]:
     models: dict[str, list[Tasks]] = {}
     for (model, status), cell in listing.cells.items():
-        counts = Counter({status if status in _STATUSES else "unknown": cell.tasks})
         oldest = None if cell.oldest is None else cell.oldest / SECOND
-        models.setdefault(model, []).append(Tasks(counts, oldest, cell.credits / NANO))
+        models.setdefault(model, []).append(Tasks(Counter({status: cell.tasks}), oldest, cell.credits / NANO))
     return {model: _together(parts) for model, parts in models.items()}
 
 
