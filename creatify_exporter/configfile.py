@@ -85,7 +85,7 @@ class Reader:
             raise ValueError("the file is larger than 1 MiB")
         return path, data
 
-    def resolve(self, value: object) -> object:
+    def value_of(self, value: object) -> object:
         """Return a value with its variables replaced, and what is in the file of a secret; raise ValueError."""
         if isinstance(value, ValueError):
             raise value
@@ -108,7 +108,7 @@ def reader(info: ValidationInfo) -> Reader:
 
 def resolved(value: Any, info: ValidationInfo) -> Any:
     """Return what a value in the file stands for; raise ValueError."""
-    return reader(info).resolve(value)
+    return reader(info).value_of(value)
 
 
 class Section(BaseModel):

@@ -157,15 +157,15 @@ class _HTTPConnection(HTTPConnection):
         self.response_class = cast(Any, partial(_Response, call))
 
     def connect(self) -> None:
-        """Try one place after the other; urllib3 would give each the whole time."""
+        """Try one address after the other; urllib3 would give each the whole time."""
         call, name = self.call, self.host
         call.peer = f"{name}:{self.port}"
         if not self.proxy:
             self.server_hostname = name
         error = ConnectTimeoutError()
-        for place in self._places(name):
+        for address in self._addresses_to_try(name):
             # Half of it is for the TLS handshake.
-            self.host, self.timeout = place, min(call.left() / 2, _CONNECT_TIMEOUT)
+            self.host, self.timeout = address, min(call.left() / 2, _CONNECT_TIMEOUT)
             try:
                 return super().connect()
             except ConnectTimeoutError as failure:  # or refused, or not reachable
@@ -176,16 +176,16 @@ class _HTTPConnection(HTTPConnection):
                     call.peer = call.target
         raise error
 
-    def _places(self, name: str) -> list[str]:
-        """Return the addresses of `name`."""
+    def _addresses_to_try(self, name: str) -> list[str]:
+        """Return the addresses of `name`, or `name` itself for a proxy with TLS."""
         with suppress(socket.gaierror):
             return _addresses(name, socket.AI_NUMERICHOST)
         look_up = _look_up(name)
         while not look_up.done():
             wait([look_up], min(self.call.left(), _GLANCE))
-        places = look_up.result()
+        addresses = look_up.result()
         # The certificate of a proxy is checked by the name that is connected to.
-        return [name] if self.proxy and self.proxy.scheme == "https" else places
+        return [name] if self.proxy and self.proxy.scheme == "https" else addresses
 
 
 class _HTTPSConnection(_HTTPConnection, HTTPSConnection):
