@@ -4,7 +4,7 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -516,25 +516,74 @@ def test_every_make_target_explains_itself_and_no_other_is_documented() -> None:
 # The rest
 
 
+def tracked() -> list[Path]:
+    """Return the files of the repository, with those that are not committed yet."""
+    names = output("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT).splitlines()
+    return [ROOT / name for name in names if (ROOT / name).is_file()]
+
+
 def test_the_layout_names_every_module() -> None:
     (layout,) = [block for block in blocks("text") if block.document.name == "development.md"]
     named = re.findall(r"(?m)^  (\w+\.py) ", layout.text)
     assert sorted(named) == sorted(path.name for path in ROOT.glob("creatify_exporter/[a-z]*.py"))
 
 
+def test_the_tests_of_every_module_are_where_the_document_says() -> None:
+    text = (ROOT / "docs" / "development.md").read_text(encoding="utf-8")
+    (place,) = re.findall(r"(?s)The tests of a module are in .+?\n\n", text)
+    moved = {
+        module: file
+        for modules, file in re.findall(r"((?:`\w+`(?: and )?)+) in `(test_[\w*]+\.py)`", place)
+        for module in re.findall(r"`(\w+)`", modules)
+    }
+    modules = {path.stem for path in ROOT.glob("creatify_exporter/[a-z]*.py")}
+    assert set(moved) == {module for module in modules if not (ROOT / "tests" / f"test_{module}.py").exists()}
+    for file in moved.values():
+        assert [*ROOT.glob(f"tests/{file}")], file
+
+
+def defines(sources: Iterable[str], name: str) -> bool:
+    """Tell whether one of these modules defines a name; of a dotted one every part."""
+
+    def defined(part: str, source: str) -> bool:
+        pattern = rf"(?m)^ *(?:(?:class|(?:async )?def) {part}\b|{part}\b[^=(\n]*[:=])|self\.{part}\b"
+        return bool(re.search(pattern, source))
+
+    return any(all(defined(part, source) for part in name.split(".")) for source in sources)
+
+
 def test_the_places_of_changes_are_where_the_table_says() -> None:
-    package = ROOT / "creatify_exporter"
-    everything = "".join(path.read_text(encoding="utf-8") for path in package.glob("*.py"))
+    files = [path.relative_to(ROOT) for path in tracked()]
+    values = (CHART / "values.yaml").read_text(encoding="utf-8")
+    alerts = (ROOT / "prometheus" / "alerts.yml").read_text(encoding="utf-8")
+
+    def exists(place: str) -> bool:
+        return any(f"/{place.rstrip('/')}/" in f"/{path}/" for path in files)
+
+    def sources(place: str) -> list[str]:
+        """Return the modules in a directory or of a name: where the exporter has one of it, that one."""
+        found = [path for path in files if path.suffix == ".py" and f"/{place}/" in f"/{path}/"]
+        ours = [path for path in found if path.parts[0] == "creatify_exporter"]
+        return [(ROOT / path).read_text(encoding="utf-8") for path in ours or found]
+
+    everywhere = [*sources("creatify_exporter"), *sources("grafana")]
     rows = table("docs/development.md", "## Where to change what")
-    assert len(rows) >= 15
-    for _, look_at, also in rows:
-        for file, names in re.findall(r"`(\w+\.(?:py|rules))`(?:: ((?:`\w+`(?:, )?)+))?", look_at):
-            source = (package / file).read_text(encoding="utf-8")
-            for name in re.findall(r"`(\w+)`", names):
-                assert re.search(rf"(?m)^ *(?:(?:class|(?:async )?def) )?{name}\b", source), (file, name)
-        for name in re.findall(r"`([A-Z_]\w*)(?:\.(\w+))?`", also):
-            for part in filter(None, name):
-                assert re.search(rf"\b{part}\b", everything) or part.startswith("Creatify"), part
+    assert len(rows) >= 30
+    for cell in (cell for _, *cells in rows for cell in cells):
+        listed = re.findall(r"`([\w/]+\.py)`: ((?:`[\w.]+`(?: \([^)`]*\))?(?:, |\b|$)?)+)", cell)
+        named = re.findall(r"`([\w.]+)`[\w ]* \(((?:`[\w/]+\.py`(?:, )?)+)\)", cell)
+        places = [(file, name) for file, names in listed for name in re.findall(r"`([\w.]+)`", names)]
+        places += [(file, name) for name, files_ in named for file in re.findall(r"`([^`]+)`", files_)]
+        for file, name in places:
+            assert defines(sources(file), name), (file, name)
+        for word in {*re.findall(r"`([^`]+)`", cell)} - {name for _, name in places}:
+            if word.startswith("Creatify"):
+                assert f"alert: {word}\n" in alerts, word
+            elif word.startswith("--"):
+                assert word in flags(), word
+            elif not word.startswith("make "):
+                in_chart = re.search(rf"(?m)^ *{word.rpartition('.')[2]}:", values)
+                assert exists(word) or defines(everywhere, word) or in_chart, word
 
 
 def test_the_changelog_tells_this_version() -> None:
@@ -547,7 +596,6 @@ def test_no_file_names_the_host_of_a_package_registry() -> None:
         *("ghcr:io", "quay:io", "gcr:io", "deb.debian:org", "crates:io", "conda.anaconda:org"),
     ]
     host = re.compile(rb"|".join(re.escape(name.replace(":", ".")).encode() for name in hosts))
-    tracked = output("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT).splitlines()
-    files = [ROOT / path for path in tracked if (ROOT / path).is_file()]
+    files = tracked()
     assert len(files) > 20
     assert [name_of(path) for path in files if host.search(path.read_bytes())] == []
