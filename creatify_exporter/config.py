@@ -41,6 +41,13 @@ _USER = re.compile("[^:\x00-\x1f\x7f-\x9f\ud800-\udfff]+")
 _BCRYPT = re.compile(r"\$2[aby]\$(?:0[4-9]|1[0-6])\$[./A-Za-z0-9]{53}")
 
 
+def local_host(address: str) -> str:
+    """Return how a URL on this machine names an address that we listen on."""
+    if address in {"::", "0.0.0.0"}:  # noqa: S104 - compared, not bound
+        return "localhost"
+    return f"[{address}]" if ":" in address else address
+
+
 class NoConfigurationError(ConfigError):
     """Tell that there is neither a configuration file nor credentials in the environment."""
 

@@ -24,8 +24,7 @@ from granian.server.embed import AsyncWorker, Server, WorkerSignal
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
-from creatify_exporter.config import ConfigError, Tls
-from creatify_exporter.web import local_host
+from creatify_exporter.config import ConfigError, Tls, local_host
 
 _LISTEN = re.compile(r"(\[(?P<address>[0-9A-Fa-f.]*:[0-9A-Fa-f:.]+)\]|(?P<host>[A-Za-z0-9._-]*)):(?P<port>[0-9]{1,5})")
 _BACKLOG = 2048  # with Granian's default of 128, a few hundred idle clients make a connect hang

@@ -19,7 +19,7 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from creatify_exporter.config import ConfigError
+from creatify_exporter.config import ConfigError, local_host
 from creatify_exporter.metrics import ExporterView, WorkspaceView
 from creatify_exporter.status import RENEWED_EVERY, STYLE, render_page
 from creatify_exporter.webauth import Authentication
@@ -241,10 +241,3 @@ def target_host(headers: Headers, server: tuple[str, str | int] | None) -> str:
         return host
     address, port = server or ("localhost", 9877)
     return f"{local_host(address)}:{port}"
-
-
-def local_host(address: str) -> str:
-    """Return how a URL on this machine names an address that we listen on."""
-    if address in {"::", "0.0.0.0"}:  # noqa: S104 - compared, not bound
-        return "localhost"
-    return f"[{address}]" if ":" in address else address
