@@ -70,16 +70,21 @@ def parse_size(text: str) -> int:
 
 
 def _file(value: object, info: ValidationInfo) -> object:
-    return reader(info).read(value)[0] if value and isinstance(value, str) else value or None
+    return reader(info.context).read(value)[0] if value and isinstance(value, str) else value or None
 
 
-def _certificates(path: Path | None) -> Path | None:
-    try:
-        if path:
-            ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
-    except ssl.SSLError:
-        raise ValueError("must hold certificates in PEM format") from None
+def _certificates(path: Path | None, info: ValidationInfo) -> Path | None:
+    if path:
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=_text_of(path, info.context))
+        except (ssl.SSLError, ValueError):  # the latter for an empty text
+            raise ValueError("must hold certificates in PEM format") from None
     return path
+
+
+def _text_of(path: Path, context: object) -> str:
+    """Return a file as `ssl` takes it: certificates are ASCII, comments may be anything."""
+    return reader(context).content(path).decode("ascii", "ignore")
 
 
 def _is_base_url(url: str) -> bool:
@@ -147,7 +152,7 @@ class Workspace(Section):
     @field_validator("name")
     @classmethod
     def _is_unique(cls, name: str, info: ValidationInfo) -> str:
-        if name in (names := reader(info).names):
+        if name in (names := reader(info.context).names):
             raise ValueError("is the name of another workspace, too")
         names.add(name)
         return name
@@ -170,10 +175,10 @@ class Api(Section):
     """PEM bundle of certificate authorities that are trusted besides the system's."""
     _authorities: str = ""
 
-    def model_post_init(self, _context: object) -> None:
+    def model_post_init(self, context: object) -> None:
         """Keep what is in `ca_file`: what was validated is put in force, whatever becomes of the file."""
         if self.ca_file:
-            self._authorities = Reader().read(str(self.ca_file))[1].decode("ascii", "ignore")
+            self._authorities = _text_of(self.ca_file, context)
 
     @property
     def authorities(self) -> str:
@@ -292,10 +297,10 @@ class Tls(Section):
     """Oldest version of TLS that is spoken."""
     _contents: tuple[bytes, ...] = ()
 
-    def model_post_init(self, _context: object) -> None:
+    def model_post_init(self, context: object) -> None:
         """Keep what is in the files: renewed ones make other settings of it."""
         files = filter(None, (self.cert_file, self.key_file, self.client_ca_file))
-        self._contents = tuple(Reader().read(str(file))[1] for file in files)
+        self._contents = tuple(map(reader(context).content, files))
 
     @property
     def client_auth(self) -> bool:

@@ -85,6 +85,11 @@ class Reader:
             raise ValueError("the file is larger than 1 MiB")
         return path, data
 
+    def content(self, path: Path) -> bytes:
+        """Return what was in a file when it was read; raise ValueError if it was not, and cannot be."""
+        found = self.files.get(path)
+        return self.read(str(path))[1] if found is None else found
+
     def value_of(self, value: object) -> object:
         """Return a value with its variables replaced, and what is in the file of a secret; raise ValueError."""
         if isinstance(value, ValueError):
@@ -101,14 +106,14 @@ class Reader:
         return text
 
 
-def reader(info: ValidationInfo) -> Reader:
+def reader(context: object) -> Reader:
     """Return the reader of the file being validated, or one for a model that is built in code."""
-    return info.context if isinstance(info.context, Reader) else Reader()
+    return context if isinstance(context, Reader) else Reader()
 
 
 def resolved(value: Any, info: ValidationInfo) -> Any:
     """Return what a value in the file stands for; raise ValueError."""
-    return reader(info).value_of(value)
+    return reader(info.context).value_of(value)
 
 
 class Section(BaseModel):

@@ -31,7 +31,7 @@ from creatify_exporter.config import (
     parse_duration,
     parse_size,
 )
-from creatify_exporter.configfile import MAX_FILE_SIZE, Section, inner, keys
+from creatify_exporter.configfile import MAX_FILE_SIZE, Reader, Section, inner, keys
 from docs import generate_configuration as generate
 
 ROOT = Path(__file__).parent.parent
@@ -260,6 +260,22 @@ class TestFilesLookedAt:
         """
         config = load(written(tmp_path / "config.yaml", text), {})
         assert config.files.keys() == {tmp_path / name for name in ("config.yaml", "id", "link", "key", "url", "ca")}
+
+    def test_what_is_validated_of_a_file_is_what_is_used(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        first, second = (trustme.CA().cert_pem.bytes() for _ in range(2))
+        (tmp_path / "ca").write_bytes(first)
+        read = Reader.read
+
+        def replaced_at_once(reader: Reader, name: str) -> tuple[Path, bytes]:
+            found = read(reader, name)
+            if name == "ca":
+                (tmp_path / "ca").write_bytes(second)
+            return found
+
+        monkeypatch.setattr(Reader, "read", replaced_at_once)
+        text = "workspaces: [{name: a, api_id: i, api_key: k}]\napi: {ca_file: ca}"
+        config = load(written(tmp_path / "config.yaml", text), {})
+        assert config.files[tmp_path / "ca"] == config.api.authorities.encode() == first
 
     def test_so_does_an_error_and_counts_what_is_missing(self, tmp_path: Path) -> None:
         text = "workspaces: [{name: a, api_id_file: id, api_key_file: '${KEY}'}, 7]\napi: {ca_file: ca, timeout: x}"
