@@ -68,6 +68,13 @@ class ApiError(Exception):
         self.retry_after = retry_after
 
 
+def as_api_error(failure: Exception, what: str) -> ApiError:
+    """Return `failure` itself if it is the API's; of a mistake of ours while reading `what`, only the kind is told."""
+    if isinstance(failure, ApiError):
+        return failure
+    return ApiError("payload", f"{what} could not be read ({type(failure).__name__})")
+
+
 @dataclass(repr=False)
 class Client:
     """Read one workspace; clients that read the same under the same conditions are equal.

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import dataclass
 
-from creatify_exporter.api import ApiError, Client, TaskStream
+from creatify_exporter.api import ApiError, Client, TaskStream, as_api_error
 from creatify_exporter.config import Config
 from creatify_exporter.database import LedgerError, LedgerMissingError
 from creatify_exporter.draft import Draft
@@ -81,9 +81,8 @@ class Attempt:
         self.listing = None if self.error else listing.labelled(ModelLabels(known, self.config.labels.max_models))
 
     def fail(self, failure: Exception) -> None:
-        """Make `failure` the outcome; of one that is a mistake of ours only the kind is told."""
-        ours = ApiError("payload", f"the list could not be read ({type(failure).__name__})")
-        self.error, self.listing = failure if isinstance(failure, ApiError) else ours, None
+        """Make `failure` the outcome."""
+        self.error, self.listing = as_api_error(failure, "the list"), None
         self._end()
 
     def record(self, draft: Draft | None = None, models: Iterable[str] = ()) -> None:

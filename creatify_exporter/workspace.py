@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import structlog
 
-from creatify_exporter.api import CAUSES, ApiError, Client
+from creatify_exporter.api import CAUSES, ApiError, Client, as_api_error
 from creatify_exporter.attempt import Attempt, Clock, policy
 from creatify_exporter.config import Config
 from creatify_exporter.ledger import Book
@@ -211,13 +211,11 @@ class Workspace:
         error = None
         try:
             balance = await self._in_thread(self.client.remaining_credits)
-            if not self._back_off.holds(LIST):
-                (self._round or current).balance = balance
-        except ApiError as failure:
-            error = failure
-        except Exception as failure:  # noqa: BLE001 - as with the list
-            error = ApiError("payload", f"the balance could not be read ({type(failure).__name__})")
-        if error:
+            # A round that only shows what is due, while the API asks to wait, has no balance of its own.
+            shown = current if self._back_off.holds(LIST) else self._round or current
+            shown.balance = balance
+        except Exception as failure:  # noqa: BLE001 - a mistake of ours takes the balance alone
+            error = as_api_error(failure, "the balance")
             self._back_off.take(error, [BALANCE])
         self._balance_up = not error
         details = {"cause": error.cause, "error": str(error)} if error else {}

@@ -967,6 +967,27 @@ async def test_a_series_held_at_0_shows_its_value_in_time_while_the_api_refuses(
 
 
 @asynchronous
+async def test_a_balance_that_comes_while_the_api_asks_to_wait_is_not_shown(scene: Scene) -> None:
+    scene.api.answers["w"] = tasks()
+    scene.start(exposition={"zero_hold": "1m"})
+    await scene.scrape()
+    scene.api.answers["w"] = tasks(task(created_at=NOW))
+    assert (await scene.scrape()).value(SUBMITTED) == 0
+    scene.seconds = 30
+    scene.api.answers["w"] = refuse(429, Retry_After="300")
+    gate = scene.api.balances["w"] = Gate(lambda exchange: exchange.reply({"remaining_credits": 7}))
+    await scene.scrape()
+    scene.seconds = 61
+    scrape = await scene.scrape()
+    assert (scrape.value(SUBMITTED), scrape.value(BALANCE)) == (1, None)
+    reading = scene.exporters[-1]._workspaces["w"]._balance_read
+    assert reading is not None
+    gate.open()
+    await reading
+    assert (await scene.scrape()).value(BALANCE) is None
+
+
+@asynchronous
 async def test_a_ledger_that_fails_while_no_listing_may_start_is_no_error_of_a_listing(scene: Scene) -> None:
     scene.start(listing={"min_interval": "5m"}, exposition={"zero_hold": "1m"})
     await scene.scrape()
