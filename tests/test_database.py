@@ -602,6 +602,18 @@ def test_a_refused_login_is_understood_in_any_language(
             assert "geheim" not in str(caught.value)
 
 
+@process
+def test_a_login_that_is_refused_later_is_tried_once_in_a_listing(
+    postgres: Postgres, open_ledger: Callable[..., Ledger]
+) -> None:
+    with RefusingServer("28P01", "nein") as server, Proxy(postgres.port) as proxy:
+        ledger = open_ledger(proxy.url(postgres.create_database()))
+        ledger.open()
+        proxy.lead_to(server.port)
+        assert not isinstance(fails_in_time(lambda: commit(ledger.book("w"), TASKS)), LedgerUnusableError)
+        assert server.logins == 1
+
+
 # PostgreSQL
 
 

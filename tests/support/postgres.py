@@ -157,6 +157,11 @@ class Proxy:
         self._asking, self._answering = threading.Event(), threading.Event()
         self.resume()
 
+    def lead_to(self, port: int) -> None:
+        """End all connections; later ones lead to another server."""
+        self._target = port
+        self.lose_connections()
+
     def lose_connections(self) -> None:
         """End all connections."""
         sockets, self._sockets = self._sockets, []
@@ -210,15 +215,18 @@ class RefusingServer:
     def __init__(self, sqlstate: str, text: str) -> None:
         fields = {"S": "FATAL", "V": "FATAL", "C": sqlstate, "M": text}
         body = b"".join(f"{name}{value}".encode() + bytes(1) for name, value in fields.items()) + bytes(1)
+        self.logins = 0
         self._answer = b"E" + struct.pack("!I", len(body) + 4) + body
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._thread = threading.Thread(target=self._serve, daemon=True)
-        self.url = f"postgresql://exporter:geheim@127.0.0.1:{self._listener.getsockname()[1]}/ledger"
+        self.port: int = self._listener.getsockname()[1]
+        self.url = f"postgresql://exporter:geheim@127.0.0.1:{self.port}/ledger"
 
     def _serve(self) -> None:
         with suppress(OSError):
             while True:
                 client, _ = self._listener.accept()
+                self.logins += 1
                 with client:
                     while (message := client.recv(1024)) and message[4:8] == struct.pack("!I", 80877103):
                         client.sendall(b"N")  # no TLS
