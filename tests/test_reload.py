@@ -1,6 +1,7 @@
 """Reload: what is in force after a file changed, whichever way it changed; the exporter's parts in this process."""
 
 import asyncio
+import errno
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -8,13 +9,14 @@ from typing import Any
 
 import pytest
 import structlog
+import trustme
 import yaml
 from structlog.testing import capture_logs
 
-from creatify_exporter.config import Config, ConfigError, load
+from creatify_exporter.config import Config, ConfigError, Tls, load
 from creatify_exporter.ledger import Ledger
 from creatify_exporter.reload import Reloader, Source
-from creatify_exporter.server import WebServer
+from creatify_exporter.server import WebServer, _try
 from creatify_exporter.service import Service
 from creatify_exporter.web import application
 from creatify_exporter.webauth import Authentication
@@ -119,6 +121,26 @@ def test_a_file_that_changes_while_it_is_loaded_is_loaded_again(rig: Rig) -> Non
         keys.append(source.read()[0].workspaces[0].api_key.get_secret_value())
         assert source.changed() == (len(keys) < 3)
     assert keys == ["key-1", "key-2", "key-3"]
+
+
+@pytest.mark.parametrize("obstacle", ["no process", "a path that is not in UTF-8"])
+def test_certificates_that_cannot_be_tried_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, obstacle: str
+) -> None:
+    directory = tmp_path / os.fsdecode(b"certificates" if obstacle == "no process" else b"\xff")
+    directory.mkdir()
+    issued = trustme.CA().issue_cert("localhost")
+    issued.cert_chain_pems[0].write_to_path(directory / "cert")
+    issued.private_key_pem.write_to_path(directory / "key")
+    tls = Tls(cert_file=directory / "cert", key_file=directory / "key")
+
+    async def exhausted(*_: object, **__: object) -> None:
+        raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    if obstacle == "no process":
+        monkeypatch.setattr(asyncio, "create_subprocess_exec", exhausted)
+    with pytest.raises(ConfigError, match=r"tls_server_config: the files cannot be tried \("):
+        asyncio.run(_try(tls))
 
 
 def watched(rig: Rig, *steps: Callable[[], object]) -> list[dict[str, Any]]:
