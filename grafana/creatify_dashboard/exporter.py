@@ -20,6 +20,11 @@ from creatify_dashboard.queries import (
 _REQUESTS = {"text_generator 200": "#5794f2", "remaining_credits 200": "#37b7a4", "text_generator_task 200": "#b877d9"}
 
 
+def _verdict(title: str, metric: str, wrong: str, right: str) -> Column:
+    look = Look(values=((0, wrong, RED), (1, right, GREEN)))
+    return Column(title, expr=newest(metric, "instance", EXPORTER), look=look, cell="background", width=75)
+
+
 def _by_workspace(title: str, description: str, unit: str, metric: str, empty: str = "no listing") -> Graph:
     queries = each_ranked(newest(metric, "workspace", WORKSPACE), BUSIEST, "workspace")
     return Graph(title, description, unit, empty, queries, width=6, height=9, legend_right=False)
@@ -53,20 +58,8 @@ ROW = Row(
                 ),
                 Column("Revision", label="revision", width=80),
                 Column("Python", label="python_version", width=70),
-                Column(
-                    "Ledger",
-                    expr=newest("creatify_exporter_ledger_up", "instance", EXPORTER),
-                    look=Look(values=((0, "down", RED), (1, "up", GREEN))),
-                    cell="background",
-                    width=75,
-                ),
-                Column(
-                    "Reload",
-                    expr=newest("creatify_exporter_config_last_reload_successful", "instance", EXPORTER),
-                    look=Look(values=((0, "refused", RED), (1, "done", GREEN))),
-                    cell="background",
-                    width=75,
-                ),
+                _verdict("Ledger", "creatify_exporter_ledger_up", "down", "up"),
+                _verdict("Reload", "creatify_exporter_config_last_reload_successful", "refused", "done"),
                 Column(
                     "Started",
                     expr=f"1000 * {newest('process_start_time_seconds', 'instance', EXPORTER)}",
