@@ -22,7 +22,7 @@ from prometheus_client import CollectorRegistry, Gauge, generate_latest
 from benchmarks.api import ROOT
 from creatify_exporter.config import Config
 from creatify_exporter.draft import Draft, Known
-from creatify_exporter.ledger import Book, Ledger, Policy
+from creatify_exporter.ledger import Book, Ledger
 from creatify_exporter.reasons import BUILT_IN, MAX_TEXT, Classifier
 from creatify_exporter.service import Service
 from creatify_exporter.tasks import Task
@@ -125,15 +125,7 @@ class _NoBook(Book):
     def draft(self) -> Draft:
         return _NoDraft(Known())
 
-    def commit(
-        self,
-        draft: Draft | None,
-        models: Iterable[str],
-        policy: Policy,
-        now: int,
-        date: int | None = None,
-        still: Callable[[], bool] = lambda: True,
-    ) -> None:
+    def commit(self, *_arguments: object, **_named: object) -> None:
         pass
 
 
