@@ -99,6 +99,15 @@ MORE = [record("a", "done", created=0, credits=2), record("b", "running", create
 EXPECTED = {("m", "submitted", ""): 2, ("m", "finished", "done"): 1, ("m", "credits", ""): 2 * NANO}
 
 
+def counting(open_ledger: Callable[..., Ledger], url: str) -> tuple[Ledger, Book]:
+    """Return a ledger that soon gives up, and its book of a workspace with a task."""
+    ledger = open_ledger(url, deadline=DEADLINE)
+    book = ledger.book("w")
+    commit(book, [])
+    commit(book, TASKS, at=SECOND)
+    return ledger, book
+
+
 def after(statements: int, act: Callable[[], object]) -> Callable[..., None]:
     left = [statements]
 
@@ -116,10 +125,7 @@ def test_a_postgresql_that_goes_silent_holds_nobody_and_is_back_with_the_network
     postgres: Postgres, proxy: Proxy, open_ledger: Callable[..., Ledger], statements: int
 ) -> None:
     """The kernel of something on the way still acknowledges everything."""
-    ledger = open_ledger(proxy.url(postgres.create_database()), deadline=DEADLINE)
-    book = ledger.book("w")
-    commit(book, [])
-    commit(book, TASKS, at=SECOND)
+    ledger, book = counting(open_ledger, proxy.url(postgres.create_database()))
     before = counted(book)
     with on_event("before_cursor_execute", after(statements, proxy.silence)):
         fails_in_time(lambda: commit(book, MORE, at=2 * SECOND))
@@ -157,10 +163,7 @@ def test_a_lost_answer_to_commit_is_looked_up_and_what_leaves_then_is_missed(
 def test_a_connection_lost_in_the_middle_costs_one_listing(
     postgres: Postgres, proxy: Proxy, open_ledger: Callable[..., Ledger], statements: int
 ) -> None:
-    ledger = open_ledger(proxy.url(postgres.create_database()), deadline=DEADLINE)
-    book = ledger.book("w")
-    commit(book, [])
-    commit(book, TASKS, at=SECOND)
+    ledger, book = counting(open_ledger, proxy.url(postgres.create_database()))
     with on_event("before_cursor_execute", after(statements, proxy.lose_connections)):
         fails_in_time(lambda: commit(book, MORE, at=2 * SECOND))
     assert not ledger.up
@@ -268,10 +271,7 @@ def test_a_lock_that_somebody_else_holds_holds_nobody(
 def test_a_hung_disk_holds_nobody_and_what_it_does_late_is_not_believed(
     tmp_path: Path, open_ledger: Callable[..., Ledger], event: str
 ) -> None:
-    ledger, moves = open_ledger(f"sqlite:///{tmp_path}/ledger.db", deadline=DEADLINE), threading.Event()
-    book = ledger.book("w")
-    commit(book, [])
-    commit(book, TASKS, at=SECOND)
+    (ledger, book), moves = counting(open_ledger, f"sqlite:///{tmp_path}/ledger.db"), threading.Event()
     before = counted(book)
     try:
         with on_event(event, after(0 if event == "commit" else 4, moves.wait)):
