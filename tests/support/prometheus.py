@@ -2,18 +2,18 @@
 
 import json
 import os
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import requests
 import yaml
 
 from tests.support.packages import require
 from tests.support.processes import Daemon, eventually, free_port
+from tests.support.servers import InThread
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ class Alertmanager(_Service):
         return list(self.session.get(f"{self.url}/api/v2/alerts", timeout=10).json())
 
 
-class Webhook:
+class Webhook(InThread):
     """Collect what Alertmanager sends to `url`; `notifications` are the bodies in order."""
 
     def __init__(self) -> None:
@@ -184,8 +184,7 @@ class Webhook:
             def log_message(self, format: str, *args: Any) -> None:
                 """Stay silent."""
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
+        super().__init__(ThreadingHTTPServer(("127.0.0.1", 0), Handler))
         self.url = f"http://127.0.0.1:{self._server.server_port}/"
 
     def alerts(self, status: str) -> set[str]:
@@ -206,12 +205,3 @@ class Webhook:
         found = eventually(first, within, "a notification")
         assert found is not None
         return found
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()

@@ -9,7 +9,9 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from http.server import ThreadingHTTPServer
 from types import TracebackType
+from typing import Self
 
 
 @dataclass
@@ -53,6 +55,23 @@ class Exchange:
     def close(self) -> None:
         """End the connection in order, once the answer is out."""
         self.keep_alive = False
+
+
+class InThread:
+    """A server of http.server that answers in a thread of its own inside `with`."""
+
+    def __init__(self, server: ThreadingHTTPServer) -> None:
+        self._server = server
+        self._thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
 
 
 Script = Callable[[Exchange], None]

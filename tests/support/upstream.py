@@ -7,10 +7,11 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, Self
+from typing import Any
 from urllib.parse import unquote
 
 from creatify_exporter.demo import BALANCE_PATH, LIST_PATH
+from tests.support.servers import InThread
 from tests.support.stage import credentials
 
 
@@ -79,7 +80,7 @@ class _Server(ThreadingHTTPServer):
         """Let clients go away."""
 
 
-class Upstream:
+class Upstream(InThread):
     """Serve on `url` while entered; `answers` and `balances` are by workspace, `requests` by workspace and path,
     `connects` those to a proxy."""
 
@@ -90,9 +91,9 @@ class Upstream:
         self.requests = defaultdict[tuple[str, str], int](int)
         self.connects: list[str] = []
         self.lock, self.ended = threading.Lock(), threading.Event()
-        self._server = _Server(("127.0.0.1", 0), Exchange)
-        self._server.upstream = self
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
+        server = _Server(("127.0.0.1", 0), Exchange)
+        server.upstream = self
+        super().__init__(server)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
     def listings(self, name: str) -> int:
@@ -125,15 +126,9 @@ class Upstream:
         self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
         self.url = self.url.replace("http:", "https:")
 
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
     def __exit__(self, *_: object) -> None:
         self.ended.set()
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
+        super().__exit__()
 
 
 def balance(exchange: Exchange) -> None:
