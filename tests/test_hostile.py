@@ -152,6 +152,7 @@ FAILING: dict[str, tuple[Answer, str]] = {
     "bomb-of-zeros": (bomb(b"\0"), "too_large"),
     "loop": (pages("?page=1", "?page=1"), "payload"),
     "odd-link": (pages(5), "payload"),
+    "long-link": (pages("?page=1&" + "x" * 9000), "payload"),
     "second-page": (second_page_fails, "http"),
 }
 
@@ -251,7 +252,7 @@ def test_each_bad_answer_fails_its_own_workspace_and_nothing_else(tmp_path: Path
         assert "Traceback" not in exporter.log()
 
 
-def test_an_api_that_cannot_be_reached_is_a_connection_failure(tmp_path: Path) -> None:
+def test_an_api_that_cannot_be_reached_is_a_connection_failure(tmp_path: Path, ledger: str) -> None:
     authority = trustme.CA()
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority.issue_cert("127.0.0.1").configure_cert(context)
@@ -259,8 +260,8 @@ def test_an_api_that_cannot_be_reached_is_a_connection_failure(tmp_path: Path) -
         tls.serve_tls(context)
         bundle = tmp_path / "ca.pem"
         authority.cert_pem.write_to_path(str(bundle))
-        config = api.config()
-        with Exporter(tmp_path, "--web.enable-lifecycle", config=config) as exporter:
+        kept = {"url": ledger}
+        with Exporter(tmp_path, "--web.enable-lifecycle", config=api.config(ledger=kept)) as exporter:
             assert exporter.scrape().value("creatify_up") == 1
             wrong = {
                 "refused": f"http://127.0.0.1:{free_port()}",
@@ -269,7 +270,7 @@ def test_an_api_that_cannot_be_reached_is_a_connection_failure(tmp_path: Path) -
                 "no such host": "http://no-such-host.invalid",
             }
             for number, url in enumerate(wrong.values(), 1):
-                exporter.configure(api.config(api={"base_url": url, "allow_http": True}))
+                exporter.configure(api.config(api={"base_url": url, "allow_http": True}, ledger=kept))
                 assert exporter.session.post(exporter.url + "/-/reload").ok
                 scrape = exporter.scrape()
                 assert scrape.value("creatify_up") == 0, url
@@ -277,7 +278,7 @@ def test_an_api_that_cannot_be_reached_is_a_connection_failure(tmp_path: Path) -
                 assert {cause: n for cause, n in errors.items() if n} == {("connection",): number}
                 assert counts(scrape, "good") == {}
                 assert scrape.values(PREFIX + "tasks_submitted_total", "model") == {("m",): 0}
-            exporter.configure(api.config(api={"base_url": tls.url, "ca_file": str(bundle)}))
+            exporter.configure(api.config(api={"base_url": tls.url, "ca_file": str(bundle)}, ledger=kept))
             assert exporter.session.post(exporter.url + "/-/reload").ok
             assert exporter.scrape().value("creatify_up") == 1
 
