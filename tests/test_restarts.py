@@ -303,7 +303,7 @@ def test_a_postgresql_that_goes_silent_leaves_the_gauges_fresh_and_is_back_with_
                 stage.time.jump(30)
             assert exporter.get("/-/ready").status_code == 503
             proxy.resume()
-            eventually(lambda: exporter.get("/-/ready").ok, 12, "the ledger is back")
+            eventually(lambda: exporter.get("/-/ready").ok, 10, "the ledger is back")
             stage.wait_until_exact(exporter)
             assert "the ledger cannot record" in exporter.log()
 
