@@ -11,12 +11,12 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
 from contextlib import suppress
 from functools import lru_cache, partial
 from http.client import HTTPResponse
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 from urllib.parse import urlsplit
 
 import requests
@@ -27,6 +27,8 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.exceptions import ConnectTimeoutError
 
 from creatify_exporter.config import LOOPBACK
+
+T = TypeVar("T")
 
 _CONNECT_TIMEOUT = 10.0
 _BUFFER = 64 * 1024  # bytes for each read from a socket
@@ -56,6 +58,18 @@ class Call:
         if left <= 0 or self.given_up.is_set():
             raise TimeoutError
         return left
+
+    def read(self, connection: Any, step: Callable[[], T]) -> T:
+        """Return what `step` reads from a socket, waiting while the call lasts; raise TimeoutError at its end."""
+        while True:
+            left = self.left()
+            connection.settimeout(min(left, _GLANCE))
+            try:
+                return step()
+            except TimeoutError:
+                continue
+            finally:
+                connection.settimeout(left)  # for the TLS handshake after a proxy's answer
 
     def get(self, url: str) -> requests.Response:
         """Send a GET request and return the answer, its body unread; raise what the libraries raise."""
@@ -117,15 +131,7 @@ class _Reader(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        while True:
-            left = self._call.left()
-            self._socket.settimeout(min(left, _GLANCE))
-            try:
-                return int(self._socket.recv_into(buffer))
-            except TimeoutError:
-                continue
-            finally:
-                self._socket.settimeout(left)  # for the TLS handshake after a proxy's answer
+        return int(self._call.read(self._socket, partial(self._socket.recv_into, buffer)))
 
     def close(self) -> None:
         self._file.close()
@@ -203,11 +209,8 @@ class _TlsSocket(ssl.SSLSocket):
     call: Call | None = None
 
     def recv(self, *args: Any) -> bytes:
-        while self.call:
-            self.settimeout(min(self.call.left(), _GLANCE))
-            with suppress(TimeoutError):
-                return super().recv(*args)
-        return super().recv(*args)
+        step = partial(super().recv, *args)
+        return self.call.read(self, step) if self.call else step()
 
 
 def tls_context(authorities: str) -> ssl.SSLContext:
