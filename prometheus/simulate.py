@@ -187,7 +187,7 @@ def fired(
         # The promtool on PATH, as everywhere here.
         command = ["promtool", "test", "rules", str(Path(directory, "tests.yml"))]
         environment = os.environ | {"GOMAXPROCS": "1", "GOGC": "off", "GOMEMLIMIT": "500MiB"}
-        answer = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)  # noqa: S603 - own file
+        answer = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)  # noqa: S603 - promtool, on files of ours
     said = answer.stdout + answer.stderr
     found = re.findall(r"time: (\w+),\s+exp: ?\S+\s+got: ?(.+)", said)
     if answer.returncode and not found:
